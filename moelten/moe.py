@@ -1,0 +1,226 @@
+"""The public operation: `pack` once, then `fused_moe` on every call; `explain` says who would run.
+
+All validation is here, before any work: what a backend cannot honour is refused with a reason.
+`fused_moe` is a registered torch operator (moelten::fused_moe, and an out variant with the right
+mutation schema), so `torch.compile(fullgraph=True)` and `torch.export` see one opaque call.
+Inference only: asking for a gradient through it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moelten import kernels
+from moelten.errors import FormatError, UnsupportedError
+from moelten.formats import Float
+from moelten.kernels import Verdict
+from moelten.packed import PackedExperts, decode_spec
+from moelten.routing import Routing
+from moelten.weights import ExpertSpec, ExpertWeights
+
+
+def pack(
+    weights: ExpertWeights,
+    *,
+    device: torch.device | str | None = None,
+    backend: str | None = None,
+) -> PackedExperts:
+    """Put canonical weights into the layout of the backend that will run them.
+
+    device: where they will run (default: where they are); backend: a name from `explain`, or the
+    first that runs. Peak extra memory is one expert. Raises UnsupportedError if no backend runs the
+    scheme there (naming every reason), FormatError for a NaN scale.
+
+    >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+    >>> from moelten import ExpertWeights, MXFP4
+    >>> experts = pack(
+    ...     ExpertWeights.from_tensors(w13, w2, gate_up_order="gate_up", weight_format=MXFP4()))
+    >>> experts.spec.scheme.name
+    'mxfp4_bf16'
+    """
+    target = torch.device(device) if device is not None else weights.w2.device
+    return pack_stream(weights.spec, weights.experts(), device=target, backend=backend)
+
+
+def pack_stream(
+    spec: ExpertSpec,
+    experts: Iterable[ExpertWeights],
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> PackedExperts:
+    """`pack` for experts that arrive one by one, each with E = 1: a checkpoint too big to hold."""
+    target = torch.device(device)
+    return PackedExperts.pack(spec, experts, kernels.select(spec, target, backend).layout, target)
+
+
+def fused_moe(
+    x: Tensor,
+    experts: PackedExperts,
+    routing: Routing,
+    *,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Run the experts of one MoE layer on their quantized weights.
+
+        out[t] = sum_j weights[t, j] * mlp[ids[t, j]](x[t])       (`reference.moe` is the spec)
+
+    x:        [T, H] bf16, fp16 or fp32, contiguous, on the experts' device; for 16-bit and 32-bit
+              activation formats its dtype is that format's
+    experts:  from `pack`
+    routing:  T tokens; ids outside the local experts contribute exactly zero and read no weight,
+              duplicates add up
+    out:      [T, H] of x's dtype to write to, instead of a new tensor
+    backend:  a name from `explain`; it must read the layout the experts are packed in
+
+    Returns [T, H] in x's dtype. Raises TypeError, ValueError or NotImplementedError before any work.
+
+    >>> from moelten import ExpertWeights, MXFP4, topk_softmax
+    >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+    >>> experts = pack(
+    ...     ExpertWeights.from_tensors(w13, w2, gate_up_order="gate_up", weight_format=MXFP4()))
+    >>> x = torch.randn(3, 32, dtype=torch.bfloat16)
+    >>> fused_moe(x, experts, topk_softmax(torch.randn(3, 4), top_k=2)).shape
+    torch.Size([3, 32])
+    """
+    _check_input(x, experts, routing)
+    if backend is not None and backend != kernels.backend_of(experts.layout.name).name:
+        experts.require(kernels.select(experts.spec, x.device, backend).layout)
+    tensors = list(experts.tensors.values())
+    arguments = (x, routing.ids, routing.weights, routing.on_input, tensors, experts.signature)
+    if out is None:
+        return torch.ops.moelten.fused_moe(*arguments)
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise FormatError(f"out: expected {_describe(x)}, got {_describe(out)}")
+    torch.ops.moelten.fused_moe_out(*arguments, out)
+    return out
+
+
+def explain(
+    experts: ExpertSpec | ExpertWeights | PackedExperts, device: torch.device | str = "cpu"
+) -> list[Verdict]:
+    """Which backends would run these experts on `device`, and why each other one would not.
+
+    In order of preference: the first with `runs` is what `pack` chooses. Reads metadata alone.
+
+    >>> from moelten import BF16, Int4, Scheme
+    >>> spec = ExpertSpec(Scheme(Int4(32), BF16), 8, 64, 32)
+    >>> [v.backend for v in explain(spec) if v.runs][-1]
+    'cpu'
+    """
+    spec = experts if isinstance(experts, ExpertSpec) else experts.spec
+    return kernels.verdicts(spec, torch.device(device))
+
+
+class MoELayer(nn.Module):
+    """A router and its packed experts: x [..., H] to [..., H].
+
+    gate:    [E, H] router weight; logits are computed in fp32
+    method:  maps logits [T, E] to a Routing, e.g. functools.partial(topk_softmax, top_k=4)
+    """
+
+    def __init__(
+        self, experts: PackedExperts, gate: Tensor, method: Callable[[Tensor], Routing]
+    ) -> None:
+        super().__init__()
+        if gate.dim() != 2 or gate.shape[1] != experts.spec.hidden_size:
+            raise FormatError(
+                f"gate: expected [num_experts, {experts.spec.hidden_size}], got {list(gate.shape)}"
+            )
+        self.experts = experts
+        self.method = method
+        self.register_buffer("gate", gate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = nn.functional.linear(tokens.float(), self.gate.float())  # type: ignore[operator]
+        return fused_moe(tokens, self.experts, self.method(logits)).view(x.shape)
+
+
+def _check_input(x: Tensor, experts: PackedExperts, routing: Routing) -> None:
+    if not isinstance(experts, PackedExperts):
+        raise TypeError(
+            f"experts: expected PackedExperts, got {type(experts).__name__}; call moelten.pack"
+        )
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected Routing, got {type(routing).__name__}")
+    hidden, fmt = experts.spec.hidden_size, experts.spec.scheme.activations
+    if x.dim() != 2 or x.shape[1] != hidden:
+        raise FormatError(f"x: expected [tokens, {hidden}], got {_describe(x)}")
+    if isinstance(fmt, Float) and x.dtype != fmt.data_dtype:
+        raise FormatError(
+            f"x: the experts are packed for {fmt.data_dtype} activations, got {_describe(x)}; "
+            "convert x, or pack with another activation_format"
+        )
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise FormatError(f"x: expected bf16, fp16 or fp32, got {_describe(x)}")
+    if not x.is_contiguous():
+        raise FormatError(
+            f"x: expected contiguous rows, got strides {x.stride()}; call x.contiguous()"
+        )
+    if routing.ids.shape[0] != x.shape[0]:
+        raise FormatError(
+            f"routing is for {routing.ids.shape[0]} tokens, x has {x.shape[0]}: {_describe(x)}"
+        )
+    for name, device in (("x", x.device), ("routing", routing.ids.device)):
+        if device != experts.device:
+            raise FormatError(f"{name} is on {device}, the experts are packed for {experts.device}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+
+
+@lru_cache(maxsize=4096)
+def _decode_signature(signature: str) -> tuple[ExpertSpec, Any, tuple[str, ...]]:
+    layout, names, spec = signature.split("\n")
+    return decode_spec(spec), kernels.backend_of(layout), tuple(names.split(","))
+
+
+def _run(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    on_input: bool,
+    tensors: list[Tensor],
+    signature: str,
+    out: Tensor,
+) -> None:
+    if x.shape[0] == 0:
+        return
+    spec, backend, names = _decode_signature(signature)
+    parts = dict(zip(names, tensors, strict=True))
+    experts = PackedExperts(spec, backend.layout, parts, backend.layout.version)
+    backend.run(x, experts, Routing(ids, weights, on_input), out)
+
+
+def _fused_moe(x: Tensor, *arguments: Any) -> Tensor:
+    out = torch.empty_like(x)
+    _run(x, *arguments, out)
+    return out
+
+
+def _fused_moe_fake(x: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _no_gradient(context: Any, *gradients: Any) -> Any:
+    raise UnsupportedError("moelten runs inference only: fused_moe has no gradient; use no_grad")
+
+
+# torch.library holds registrations for as long as this object lives.
+_LIBRARY = torch.library.Library("moelten", "DEF")
+_INPUTS = "Tensor x, Tensor ids, Tensor weights, bool on_input, Tensor[] experts, str signature"
+_LIBRARY.define(f"fused_moe({_INPUTS}) -> Tensor")
+_LIBRARY.define(f"fused_moe_out({_INPUTS}, Tensor(a!) out) -> ()")
+_LIBRARY.impl("fused_moe", _fused_moe, "CompositeExplicitAutograd")
+_LIBRARY.impl("fused_moe_out", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("moelten::fused_moe", _fused_moe_fake, lib=_LIBRARY)
+torch.library.register_fake("moelten::fused_moe_out", lambda *arguments: None, lib=_LIBRARY)
+torch.library.register_autograd("moelten::fused_moe", _no_gradient, lib=_LIBRARY)
