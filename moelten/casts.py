@@ -11,7 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # fmt: skip
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_VALUES = (*_MAGNITUDES, *(-m for m in _MAGNITUDES))
+# Midpoints between neighbours; a tie belongs to the neighbour whose code is even.
+_TIES_UP = (0.75, 1.75, 3.5)
+_TIES_DOWN = (0.25, 1.25, 2.5, 5.0)
 E4M3_MAX = 448.0
 
 
@@ -22,11 +26,11 @@ def encode_e2m1(x: Tensor) -> Tensor:
     [0, 2, 4, 6, 15]
     """
     a = x.abs()
-    # A boundary that lies on a tie belongs to the neighbour whose code is even.
-    code = (a > 0.25).to(torch.uint8)
-    for boundary, tie_up in ((0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False)):  # fmt: skip
-        code += (a >= boundary) if tie_up else (a > boundary)
-    code |= torch.signbit(x).to(torch.uint8) << 3
+    code = torch.signbit(x).to(torch.uint8) << 3
+    for boundary in _TIES_UP:
+        code += a >= boundary
+    for boundary in _TIES_DOWN:
+        code += a > boundary
     return torch.where(torch.isnan(x), 7, code)
 
 

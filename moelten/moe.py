@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ def fused_moe(
     out:      [T, H] of x's dtype to write to, instead of a new tensor
     backend:  a name from `explain`; it must read the layout the experts are packed in
 
-    Returns [T, H] in x's dtype. Raises TypeError, ValueError or NotImplementedError before any work.
+    Returns [T, H] in x's dtype. Raises TypeError, ValueError or NotImplementedError, before work.
 
     >>> from moelten import ExpertWeights, MXFP4, topk_softmax
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
@@ -90,12 +90,14 @@ def fused_moe(
     torch.Size([3, 32])
     """
     _check_input(x, experts, routing)
-    if backend is not None and backend != kernels.backend_of(experts.layout.name).name:
-        experts.require(kernels.select(experts.spec, x.device, backend).layout)
+    reader = kernels.backend_of(experts.layout.name)
+    if backend is not None and backend != reader.name:
+        reader = kernels.select(experts.spec, x.device, backend)
+    experts.require(reader.layout)
     tensors = list(experts.tensors.values())
     arguments = (x, routing.ids, routing.weights, routing.on_input, tensors, experts.signature)
     if out is None:
-        return torch.ops.moelten.fused_moe(*arguments)
+        return cast(Tensor, torch.ops.moelten.fused_moe(*arguments))
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise FormatError(f"out: expected {_describe(x)}, got {_describe(out)}")
     torch.ops.moelten.fused_moe_out(*arguments, out)
@@ -129,6 +131,7 @@ class MoELayer(nn.Module):
         self, experts: PackedExperts, gate: Tensor, method: Callable[[Tensor], Routing]
     ) -> None:
         super().__init__()
+        self.gate: Tensor
         if gate.dim() != 2 or gate.shape[1] != experts.spec.hidden_size:
             raise FormatError(
                 f"gate: expected [num_experts, {experts.spec.hidden_size}], got {list(gate.shape)}"
@@ -200,9 +203,11 @@ def _run(
     backend.run(x, experts, Routing(ids, weights, on_input), out)
 
 
-def _fused_moe(x: Tensor, *arguments: Any) -> Tensor:
+def _fused_moe(
+    x: Tensor, ids: Tensor, weights: Tensor, on_input: bool, tensors: list[Tensor], signature: str
+) -> Tensor:
     out = torch.empty_like(x)
-    _run(x, *arguments, out)
+    _run(x, ids, weights, on_input, tensors, signature, out)
     return out
 
 
@@ -215,7 +220,7 @@ def _no_gradient(context: Any, *gradients: Any) -> Any:
 
 
 # torch.library holds registrations for as long as this object lives.
-_LIBRARY = torch.library.Library("moelten", "DEF")
+_LIBRARY: Any = torch.library.Library("moelten", "DEF")  # type: ignore[no-untyped-call]
 _INPUTS = "Tensor x, Tensor ids, Tensor weights, bool on_input, Tensor[] experts, str signature"
 _LIBRARY.define(f"fused_moe({_INPUTS}) -> Tensor")
 _LIBRARY.define(f"fused_moe_out({_INPUTS}, Tensor(a!) out) -> ()")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ MATRICES = ("w13", "w2")
 class Layout(Protocol):
     """How one family of kernels stores a matrix. `version` changes whenever the bytes do."""
 
-    name: str
-    version: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> int: ...
 
     def pack(self, matrix: QTensor) -> dict[str, Tensor]:
         """Store one expert's w13 [2, I, H] or w2 [H, I]."""
@@ -57,7 +60,8 @@ class PackedExperts:
         for name, part in self.tensors.items():
             if part.shape[:1] != (self.spec.num_experts,):
                 raise LayoutError(
-                    f"{name}: expected {self.spec.num_experts} experts first, got {list(part.shape)}"
+                    f"{name}: expected {self.spec.num_experts} experts first, got "
+                    f"{list(part.shape)}"
                 )
 
     @classmethod
@@ -215,18 +219,19 @@ def _refuse_nan_scales(name: str, scale: Tensor | None) -> None:
 def _stack(matrices: list[QTensor]) -> QTensor:
     names = matrices[0].tensors()
     parts = {name: torch.cat([m.tensors()[name] for m in matrices]) for name in names}
-    return replace(matrices[0], **parts)
+    return matrices[0].with_parts(parts)
 
 
 def _weights(
     spec: ExpertSpec, matrices: dict[str, QTensor], extras: dict[str, Tensor]
 ) -> ExpertWeights:
     return ExpertWeights(
-        **matrices,
+        matrices["w13"],
+        matrices["w2"],
         activation=spec.activation,
         activation_format=spec.scheme.activations,
         first_expert=spec.first_expert,
-        **extras,
+        **cast(dict[str, Any], extras),
     )
 
 
@@ -247,10 +252,13 @@ def encode_spec(spec: ExpertSpec) -> str:
 def decode_spec(text: str) -> ExpertSpec:
     """Invert `encode_spec`."""
     record = json.loads(text)
+    num_experts, hidden_size, intermediate_size = record["sizes"]
     return ExpertSpec(
         Scheme(decode_format(record["weights"]), decode_format(record["activations"])),
-        *record["sizes"],
-        activation=Activation.decode(record["activation"]),
-        extras=tuple(record["extras"]),
-        first_expert=record["first_expert"],
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        Activation.decode(record["activation"]),
+        tuple(record["extras"]),
+        record["first_expert"],
     )

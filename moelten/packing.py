@@ -24,7 +24,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     """
     if codes.shape[-1] % 2:
         raise FormatError(f"4-bit codes are packed in pairs, got an odd length {codes.shape[-1]}")
-    nibbles = codes.to(torch.uint8) & 0xF if codes.dtype == torch.uint8 else (codes & 0xF).to(torch.uint8)  # fmt: skip
+    nibbles = (codes & 0xF).to(torch.uint8)
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 

@@ -9,7 +9,7 @@ never depends on which rule wrote the codes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -83,7 +83,11 @@ class QTensor:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QTensor:
         """Apply `function` to every part, e.g. to index batch axes or to move devices."""
-        return replace(self, **{name: function(part) for name, part in self.tensors().items()})
+        return self.with_parts({name: function(part) for name, part in self.tensors().items()})
+
+    def with_parts(self, parts: dict[str, Tensor]) -> QTensor:
+        """The same format with some parts replaced."""
+        return QTensor(format=self.format, **(self.tensors() | parts))
 
     def __getitem__(self, index: int | slice) -> QTensor:
         """Index the first batch axis (experts) of every part."""
@@ -119,7 +123,7 @@ class QTensor:
         if self.global_scale is not None and self.global_scale.dim() == self.data.dim() - 1:
             if axis == -2:
                 parts["global_scale"] = self.global_scale[..., start:stop]
-        return replace(self, **parts)
+        return self.with_parts(parts)
 
     def _devices(self) -> str:
         return ", ".join(f"{name} on {part.device}" for name, part in self.tensors().items())
@@ -150,13 +154,19 @@ def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)}"
 
 
-def quantize(x: Tensor, fmt: Format, *, global_scale: Tensor | None = None, scale: Tensor | None = None) -> QTensor:  # fmt: skip
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    *,
+    scale: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> QTensor:
     """Quantize a [..., rows, columns] tensor (bf16, fp16 or fp32) to `fmt`.
 
     With amax over each block of `fmt.block`, everything in fp32:
 
         Int4             s = amax/7;            q = rne(x/s) in -8..7
-        Int4, zero point s = (max-min)/15 over 0 and the group; z = rne(-min/s) - 8; q = rne(x/s) + z
+        Int4, zero point s = (max-min)/15, 0 counted in; z = rne(-min/s) - 8; q = rne(x/s) + z
         Int8             s = amax/127;          q = rne(x/s) in -127..127
         FP8              s = amax/448;          q = e4m3(x/s);  e8m0 scales: s = RCEIL(amax/448)
         MXFP4, MXFP8     s = RCEIL(amax/6), RCEIL(amax/448);  q = e2m1(x/s), e4m3(x/s)
@@ -180,7 +190,7 @@ def quantize(x: Tensor, fmt: Format, *, global_scale: Tensor | None = None, scal
     fmt.check_columns(x.shape[-1], "quantize")
     if isinstance(fmt, Float):
         return QTensor(x.to(fmt.data_dtype), fmt)
-    x = x.float()
+    x = x.float().contiguous()
     if isinstance(fmt, NVFP4):
         return _quantize_nvfp4(x, fmt, global_scale)
     if global_scale is not None:
@@ -282,7 +292,7 @@ def _encode(x: Tensor, scale: Tensor, fmt: Format) -> Tensor:
 
 def _quantize_int4_zero(x: Tensor, fmt: Int4) -> QTensor:
     group = fmt.group_size or x.shape[-1]
-    groups = x.unflatten(-1, (-1, group))
+    groups = x.view(*x.shape[:-1], -1, group)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scale = ((high - low) / 15).to(fmt.scale_dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -295,7 +305,8 @@ def _quantize_int4_zero(x: Tensor, fmt: Int4) -> QTensor:
 def _quantize_nvfp4(x: Tensor, fmt: NVFP4, global_scale: Tensor | None) -> QTensor:
     if global_scale is None:
         amax = x.abs().amax(-1 if fmt.per_token else (-2, -1))
-        encode = (NVFP4_RANGE / amax).clamp(max=_FLT_MAX)
+        # NOTE: a Python scalar over a tensor is reciprocal times scalar: two roundings, not one.
+        encode = torch.full_like(amax, NVFP4_RANGE).div(amax).clamp(max=_FLT_MAX)
         encode = torch.where((amax == 0) | (encode == 0), 1.0, encode)
     else:
         encode = 1.0 / global_scale.float()

@@ -33,15 +33,15 @@ def moe(
     tokens, top_k = routing.ids.shape
     pairs = torch.zeros(tokens, top_k, spec.hidden_size, dtype=dtype)
     for expert in range(spec.num_experts):
-        token, slot = (routing.ids == spec.first_expert + expert).nonzero(as_tuple=True)
+        token, at = (routing.ids == spec.first_expert + expert).nonzero(as_tuple=True)
         if token.numel() == 0:
             continue
-        router = routing.weights[token, slot].float()[:, None]
+        router = routing.weights[token, at].float()[:, None]
         if routing.on_input:
             y = expert_mlp(x[token].float() * router, weights, expert, dtype)
         else:
             y = expert_mlp(x[token].float(), weights, expert, dtype) * router.to(dtype)
-        pairs[token, slot] = y
+        pairs[token, at] = y
     out = torch.zeros(tokens, spec.hidden_size, dtype=dtype)
     for slot in range(top_k):
         out += pairs[:, slot]

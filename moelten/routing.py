@@ -5,15 +5,14 @@ descending, -inf; -0 equals +0; equal scores go to the lower id. So the ids of a
 and in 0..E-1. A logit of -inf masks its expert: it is taken only when no other is left. Scores are
 fp32, the formula's value rounded once (evaluated in fp64), so equal logits tie in every position
 and a row does not depend on its batch. Weights are fp32 and follow their formula: NaN or +inf
-logits may make NaN weights, in their own row only. Not here: the router GEMM, dropping or balancing
-tokens, and the map from global to local ids.
+logits may make NaN weights, in their own row only. `softmax_topk` documents the arguments and
+errors that all methods share. Not here: the router GEMM, balancing, the map to local ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +20,7 @@ from torch import Tensor
 from moelten.errors import UnsupportedError
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_INTS = (torch.int32, torch.int64)
 _EPS = 1e-20
-_INF = float("inf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +34,10 @@ class Routing:
         on_input: the weight multiplies the expert's input, not its output (Llama-4).
 
     Raises TypeError for a field of another Python type, ValueError for another dtype, shape or
-    device. Values are never inspected: no device sync, and it traces under torch.compile.
+    device. Values are never inspected, so this neither syncs nor breaks a compiled graph.
 
-    >>> r = Routing(torch.tensor([[3, -1]]), torch.tensor([[0.75, 0.25]]))
-    >>> r.num_tokens, r.top_k
-    (1, 2)
+    >>> Routing(torch.tensor([[3, -1]]), torch.tensor([[0.75, 0.25]])).top_k
+    2
     """
 
     ids: Tensor
@@ -49,7 +45,7 @@ class Routing:
     on_input: bool = False
 
     def __post_init__(self) -> None:
-        _check_tensor("Routing.ids", self.ids, _INTS, "[T, top_k]")
+        _check_tensor("Routing.ids", self.ids, (torch.int32, torch.int64), "[T, top_k]")
         _check_tensor("Routing.weights", self.weights, _FLOATS, "[T, top_k]")
         if self.ids.shape != self.weights.shape or self.ids.device != self.weights.device:
             raise ValueError(
@@ -58,37 +54,28 @@ class Routing:
                 f"{self.weights.device}; gather the selected weights, move them with .to(device)"
             )
         if not isinstance(self.on_input, bool):
-            raise TypeError(
-                f"Routing.on_input: expected a bool, got {type(self.on_input).__name__}; "
-                "pass True where the weight scales the expert's input"
-            )
+            raise TypeError(f"Routing.on_input: expected True or False, got {type(self.on_input)}")
 
     @property
     def num_tokens(self) -> int:
-        """T."""
         return self.ids.shape[0]
 
     @property
     def top_k(self) -> int:
-        """Experts per token."""
         return self.ids.shape[1]
 
     @classmethod
     def from_words(cls, words: Tensor, *, on_input: bool = False) -> Routing:
-        """Unpack int32 words [T, top_k], the input of FlashInfer's `trtllm_*_routed_moe`::
+        """Unpack int32 words [T, top_k]: ``id = word >> 16, weight = bfloat16 of word & 0xFFFF``.
 
-            id = word >> 16 (arithmetic: -1 survives)     weight = bfloat16 of bits word & 0xFFFF
+        FlashInfer's routed MoE functions take such words. Returns int32 ids and bfloat16 weights;
+        the word has no room for `on_input`: state it again. Raises ValueError as `Routing` does.
 
-        Returns int32 ids and bfloat16 weights. The word has no room for `on_input`: state it again.
-        Raises ValueError for another dtype or rank.
-
-        >>> r = Routing.from_words(torch.tensor([[0x00033F40, 0xBF00 - 2**16]], dtype=torch.int32))
-        >>> r.ids.tolist(), r.weights.tolist()
-        ([[3, -1]], [[0.75, -0.5]])
+        >>> Routing.from_words(torch.tensor([[0x00033F40]], dtype=torch.int32)).weights
+        tensor([[0.7500]], dtype=torch.bfloat16)
         """
         _check_tensor("words", words, (torch.int32,), "[T, top_k]")
-        bits = (words & 0xFFFF).to(torch.int16)
-        return cls(words >> 16, bits.view(torch.bfloat16), on_input)
+        return cls(words >> 16, (words & 0xFFFF).to(torch.int16).view(torch.bfloat16), on_input)
 
     def to_words(self) -> Tensor:
         """Pack into int32 words [T, top_k]: ``(id << 16) | (bits of bfloat16(weight) & 0xFFFF)``.
@@ -96,36 +83,28 @@ class Routing:
         Weights round half to even. Raises ValueError for an id outside int16; that check reads the
         ids back, so it waits for the device and cannot run inside CUDA-graph capture.
 
-        >>> r = Routing(torch.tensor([[3, 5]]), torch.tensor([[0.75, -0.5]]))
-        >>> [hex(word) for word in r.to_words()[0].tolist()]
-        ['0x33f40', '0x5bf00']
+        >>> hex(Routing(torch.tensor([[5]]), torch.tensor([[-0.5]])).to_words().item())
+        '0x5bf00'
         """
         low, high = (int(v) for v in self.ids.aminmax()) if self.ids.numel() else (0, 0)
         if low < -(2**15) or high >= 2**15:
-            raise ValueError(
-                f"Routing.to_words: expected ids in -32768..32767 (16 bits), got {low}..{high}; "
-                "pass ids and weights unpacked, or mark skipped slots with -1"
-            )
+            raise ValueError(f"Routing.to_words: expected int16 ids, got {low}..{high}; -1 skips")
         # NOTE: the mask keeps a negative weight's sign bit out of the id.
         bits = self.weights.to(torch.bfloat16).view(torch.int16).to(torch.int32) & 0xFFFF
         return (self.ids.to(torch.int32) << 16) | bits
 
 
 def softmax_topk(logits: Tensor, top_k: int) -> Routing:
-    """Select on the softmax over all experts and keep its values, not renormalised::
-
-        p = softmax(s);  ids = top_k(p);  w = p[ids]
+    """Select on the softmax and keep its values: ``p = softmax(s);  ids = top_k(p);  w = p[ids]``.
 
     Args, in every method:
         logits: [T, E] float32, bfloat16 or float16; T may be 0.
         top_k: experts per token, 1..E.
 
     Returns ids int32 and weights float32, both [T, top_k], by descending selection score. Raises,
-    in every method, TypeError where `logits` is no tensor or `top_k` no int, and ValueError for
-    another dtype or rank of `logits` or a `top_k` out of range.
-
-    Source: `Default` of FlashInfer's RoutingMethodType; Qwen3-MoE without norm_topk_prob. One NaN
-    or +inf logit makes the whole softmax NaN: then the lowest unmasked ids are taken.
+    in every method, TypeError where `logits` is no tensor, ValueError for another dtype or rank or
+    a `top_k` out of range. One NaN or +inf logit makes the whole softmax NaN: then the lowest
+    unmasked ids are taken. Source: FlashInfer `Default`; Qwen3-MoE without norm_topk_prob.
 
     >>> r = softmax_topk(torch.tensor([[1., 3., 2., 3.]]), 2)
     >>> r.ids.tolist(), r.weights
@@ -133,32 +112,27 @@ def softmax_topk(logits: Tensor, top_k: int) -> Routing:
     """
     _check_logits(logits, top_k)
     probs = _wide(logits).softmax(dim=-1).float()
-    return Routing(*_take(probs, _choice(probs, logits), top_k))
+    ids = _top(_choice(probs, logits), top_k)
+    return Routing(ids.int(), probs.gather(1, ids))
 
 
 def topk_softmax(logits: Tensor, top_k: int) -> Routing:
-    """Select on the raw logits (in their own dtype), then take the softmax of the selected ones::
+    """Select on the raw logits, weigh with their softmax: ``ids = top_k(s);  w = softmax(s[ids])``.
 
-        ids = top_k(s);  w = softmax(s[ids])
+    Logits compare in their own dtype. Source: FlashInfer `Renormalize`; gpt-oss.
 
-    Source: `Renormalize` of FlashInfer; gpt-oss. Arguments and errors: `softmax_topk`.
-
-    >>> r = topk_softmax(torch.tensor([[1., 3., 2., 3.]]), 3)
-    >>> r.ids.tolist(), r.weights
-    ([[1, 3, 2]], tensor([[0.4223, 0.4223, 0.1554]]))
+    >>> topk_softmax(torch.tensor([[1., 3., 2., 3.]]), 3).weights
+    tensor([[0.4223, 0.4223, 0.1554]])
     """
-    _check_logits(logits, top_k)
-    ids, selected = _take(logits, logits, top_k)
-    return Routing(ids, _wide(selected).softmax(dim=-1).float())
+    raw = topk_raw(logits, top_k)
+    return Routing(raw.ids, _wide(raw.weights).softmax(dim=-1).float())
 
 
 def softmax_topk_renormalize(logits: Tensor, top_k: int) -> Routing:
-    """Select on the softmax over all experts and rescale the selected values to sum to 1::
-
-        p = softmax(s);  ids = top_k(p);  w = p[ids] / sum(p[ids])
+    """Select on the softmax p of all experts and rescale to sum 1: ``w = p[ids] / sum(p[ids])``.
 
     `topk_softmax` but for ties: distinct logits may have one fp32 value p. Source: Mixtral, Qwen3;
-    `RenormalizeNaive` of FlashInfer, run as `topk_softmax`. Arguments and errors: `softmax_topk`.
+    FlashInfer `RenormalizeNaive`, which its kernels run as `topk_softmax`.
 
     >>> softmax_topk_renormalize(torch.tensor([[1., 3., 2., 3.]]), 3).weights
     tensor([[0.4223, 0.4223, 0.1554]])
@@ -170,51 +144,46 @@ def softmax_topk_renormalize(logits: Tensor, top_k: int) -> Routing:
 def topk_raw(logits: Tensor, top_k: int) -> Routing:
     """Select on the raw logits and use them as weights: ``ids = top_k(s);  w = s[ids]``.
 
-    Weights may be negative, and -inf for a masked expert that has to be taken. Source: `TopK` of
-    FlashInfer. Arguments and errors: `softmax_topk`.
+    Negative weights are legal; a masked expert, if taken, has -inf. Source: FlashInfer `TopK`.
 
     >>> topk_raw(torch.tensor([[-1., -3., 2., -3.]]), 3).weights
     tensor([[ 2., -1., -3.]])
     """
     _check_logits(logits, top_k)
-    ids, selected = _take(logits, logits, top_k)
-    return Routing(ids, selected.float())
+    ids = _top(logits, top_k)
+    return Routing(ids.int(), logits.gather(1, ids).float())
 
 
 def sigmoid_topk(logits: Tensor, top_k: int) -> Routing:
     """Select on the sigmoid and keep its values: ``p = sigmoid(s);  ids = top_k(p);  w = p[ids]``.
 
-    Logits above about 17.4 saturate (p = 1) and tie. Source: `Sigmoid` of FlashInfer. Arguments and
-    errors: `softmax_topk`.
+    Saturated logits (p = 1, above about 17.4) tie. Source: FlashInfer `Sigmoid`.
 
     >>> sigmoid_topk(torch.tensor([[18., 0., 25., 3.]]), 3).ids.tolist()
     [[0, 2, 3]]
     """
     _check_logits(logits, top_k)
     probs = _wide(logits).sigmoid().float()
-    return Routing(*_take(probs, _choice(probs, logits), top_k))
+    ids = _top(_choice(probs, logits), top_k)
+    return Routing(ids.int(), probs.gather(1, ids))
 
 
 def topk_sigmoid(logits: Tensor, top_k: int) -> Routing:
     """Select on the raw logits, weigh with their sigmoid: ``ids = top_k(s);  w = sigmoid(s[ids])``.
 
-    Differs from `sigmoid_topk` only where the sigmoid saturates. Source: `TopKSigmoid` of
-    FlashInfer. Arguments and errors: `softmax_topk`.
+    `sigmoid_topk` but where the sigmoid saturates. Source: FlashInfer `TopKSigmoid`.
 
     >>> topk_sigmoid(torch.tensor([[18., 0., 25., 3.]]), 3).ids.tolist()
     [[2, 0, 3]]
     """
-    _check_logits(logits, top_k)
-    ids, selected = _take(logits, logits, top_k)
-    return Routing(ids, _wide(selected).sigmoid().float())
+    raw = topk_raw(logits, top_k)
+    return Routing(raw.ids, _wide(raw.weights).sigmoid().float())
 
 
 def sigmoid_topk_renormalize(logits: Tensor, top_k: int) -> Routing:
-    """Select on the sigmoid and rescale the selected values to sum to 1::
+    """Select on the sigmoid p and rescale to sum 1: ``w = p[ids] / max(sum(p[ids]), 1e-20)``.
 
-        p = sigmoid(s);  ids = top_k(p);  w = p[ids] / max(sum(p[ids]), 1e-20)
-
-    Source: `SigmoidRenorm` of FlashInfer with normTopkProb. Arguments and errors: `softmax_topk`.
+    Source: FlashInfer `SigmoidRenorm` with normTopkProb.
 
     >>> sigmoid_topk_renormalize(torch.tensor([[0., 0., 25., -1.]]), 3).weights
     tensor([[0.5000, 0.2500, 0.2500]])
@@ -226,12 +195,10 @@ def sigmoid_topk_renormalize(logits: Tensor, top_k: int) -> Routing:
 def minimax2(
     logits: Tensor, top_k: int, bias: Tensor, *, routed_scaling_factor: float = 1.0
 ) -> Routing:
-    """Select on the biased sigmoid; weigh with the unbiased one, rescaled::
+    """Select on p + b, p = sigmoid(s); weigh with p: ``p[ids] / (sum(p[ids]) + 1e-20) * scaling``.
 
-        p = sigmoid(s);  ids = top_k(p + b);  w = p[ids] / (sum(p[ids]) + 1e-20) * scaling
-
-    `bias` is [E] floating, used in fp32 (bfloat16 rounding moves ids); other arguments and errors:
-    `softmax_topk`. Source: MiniMax-M2; `MiniMax2` of FlashInfer and TensorRT-LLM.
+    `bias` is [E] floating, used in fp32 (rounding it to bfloat16 moves ids), ValueError otherwise.
+    Source: MiniMax-M2; FlashInfer and TensorRT-LLM `MiniMax2`.
 
     >>> minimax2(torch.zeros(1, 4), 2, torch.tensor([0., -1., 0.5, 0.])).ids.tolist()
     [[2, 0]]
@@ -266,8 +233,7 @@ def deepseek_v3(
         topk_group: groups kept, 1..num_expert_group, of at least `top_k` experts together.
         routed_scaling_factor: multiplies the weights (2.5 in DeepSeek-V3).
 
-    Other arguments and errors: `softmax_topk`; ValueError for these too. Source: DeepSeek-V3's
-    inference code and transformers (bias), vLLM (no bias).
+    Raises ValueError for these too. Source: DeepSeek-V3's inference code; without bias, vLLM.
 
     >>> s, b = torch.tensor([[0., 0., 3., -3.]]), torch.tensor([1., 1., 0., 0.])
     >>> r = deepseek_v3(s, 2, b, num_expert_group=2, topk_group=1, routed_scaling_factor=2.5)
@@ -275,35 +241,36 @@ def deepseek_v3(
     ([[0, 1]], tensor([[1.2500, 1.2500]]))
     """
     _check_logits(logits, top_k)
-    size = _check_groups(logits.shape[1], top_k, num_expert_group, topk_group)
+    groups, size = num_expert_group, logits.shape[1] // max(num_expert_group, 1)
+    if groups * size != logits.shape[1] or not top_k <= topk_group * size <= groups * size:
+        raise ValueError(
+            f"deepseek_v3: expected num_expert_group to divide {logits.shape[1]} experts and "
+            f"topk_group of the groups to hold top_k={top_k}, got num_expert_group={groups}, "
+            f"topk_group={topk_group}; pass n_group and topk_group of the model's configuration"
+        )
     probs = _wide(logits).sigmoid().float()
     choice = _choice(probs, logits, bias)
-    if topk_group == num_expert_group:
-        ids, weights = _take(probs, choice, top_k)
+    if topk_group == groups:
+        ids = _top(choice, top_k)
     else:
-        best = choice.unflatten(1, [num_expert_group, size]).topk(
-            1 if bias is None else min(2, size)
-        )
-        groups = _top(best.values.sum(dim=-1), topk_group).sort(dim=-1).values.unsqueeze(-1)
-        experts = (groups * size + torch.arange(size, device=logits.device)).flatten(1)
+        count = 1 if bias is None else min(2, size)
+        best = choice.view(len(logits), groups, size).topk(count).values
+        kept = _top(best.sum(dim=-1), topk_group).sort(dim=-1).values.unsqueeze(-1)
+        experts = (kept * size + torch.arange(size, device=logits.device)).flatten(1)
         ids = experts.gather(1, _top(choice.gather(1, experts), top_k))
-        ids, weights = ids.int(), probs.gather(1, ids)
-    return Routing(
-        ids, (_normalize(weights) if norm_topk_prob else weights) * routed_scaling_factor
-    )
+    weights = probs.gather(1, ids)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(dim=-1, keepdim=True) + _EPS)
+    return Routing(ids.int(), weights * routed_scaling_factor)
 
 
 def llama4(logits: Tensor, top_k: int = 1) -> Routing:
-    """Select the largest logit; its sigmoid multiplies the expert's input (`on_input`)::
+    """Select the top logit; its sigmoid multiplies the expert's input: ``w = sigmoid(max(s))``.
 
-        id = argmax(s);  w = sigmoid(s[id])
+    Raises ValueError for a `top_k` other than 1. Source: Llama-4; FlashInfer `Llama4`.
 
-    Arguments and errors: `softmax_topk`; ValueError for a `top_k` other than 1. Source: Llama-4 in
-    transformers, which scales the hidden states; `Llama4` of FlashInfer.
-
-    >>> r = llama4(torch.tensor([[1., 3., 2., 3.]]))
-    >>> r.ids.tolist(), r.weights, r.on_input
-    ([[1]], tensor([[0.9526]]), True)
+    >>> llama4(torch.tensor([[1., 3., 2., 3.]])).on_input
+    True
     """
     if top_k != 1:
         raise ValueError(f"llama4: expected top_k=1, got {top_k!r}; topk_sigmoid takes any top_k")
@@ -314,12 +281,9 @@ def llama4(logits: Tensor, top_k: int = 1) -> Routing:
 def sqrt_softplus_topk(
     logits: Tensor, top_k: int, bias: Tensor | None = None, *, routed_scaling_factor: float = 1.0
 ) -> Routing:
-    """Select on the (biased) square root of softplus; weigh with the unbiased one, rescaled::
+    """Select on p + b, p = sqrt(log(1 + e^s)); ``w = p[ids] / (sum(p[ids]) + 1e-20) * scaling``.
 
-        p = sqrt(log(1 + e^s));  ids = top_k(p + b);  w = p[ids] / (sum(p[ids]) + 1e-20) * scaling
-
-    `bias` is [E] floating, used in fp32, or None; other arguments and errors: `softmax_topk`.
-    Source: DeepSeek-V4 (not its hash-routed layers, which look ids up); `DeepseekV4` of vLLM.
+    `bias` is [E] floating, used in fp32. Source: DeepSeek-V4, its scored layers; vLLM `DeepseekV4`.
 
     >>> sqrt_softplus_topk(torch.tensor([[0., 4., -4., 4.]]), 3, routed_scaling_factor=1.5).weights
     tensor([[0.6210, 0.6210, 0.2579]])
@@ -327,12 +291,13 @@ def sqrt_softplus_topk(
     _check_logits(logits, top_k)
     # Past the threshold torch returns s itself: its default of 20 is off by 1e-10, 40 is exact.
     scores = torch.nn.functional.softplus(_wide(logits), threshold=40.0).sqrt().float()
-    ids, weights = _take(scores, _choice(scores, logits, bias), top_k)
-    return Routing(ids, _normalize(weights) * routed_scaling_factor)
+    ids = _top(_choice(scores, logits, bias), top_k)
+    weights = scores.gather(1, ids)
+    weights = weights / (weights.sum(dim=-1, keepdim=True) + _EPS)
+    return Routing(ids.int(), weights * routed_scaling_factor)
 
 
-RoutingMethod: TypeAlias = Callable[..., Routing]
-
+RoutingMethod = Callable[..., Routing]
 # RoutingMethodType of FlashInfer 0.7.2, TensorRT-LLM and vLLM 0.33: one number, different methods.
 _LIBRARIES = ("flashinfer", "tensorrt_llm", "vllm")
 _ENUMS: tuple[tuple[str, RoutingMethod | None, tuple[int | None, ...]], ...] = (
@@ -399,23 +364,14 @@ def _choice(scores: Tensor, logits: Tensor, bias: Tensor | None = None) -> Tenso
                 f"got {_describe(bias)} on {bias.device}; pass it whole, move it with .to(device)"
             )
         scores = scores + bias.float()
-    return scores.masked_fill(logits == -_INF, -_INF)
+    return scores.masked_fill(logits == -torch.inf, -torch.inf)
 
 
 def _top(choice: Tensor, count: int) -> Tensor:
     """Columns of the `count` highest values (int64), in the order of the module docstring."""
     # NOTE: x86 makes negative NaN and CUDA positive; a radix sort would tell them apart.
-    choice = choice.masked_fill(choice.isnan(), float("nan"))
+    choice = choice.masked_fill(choice.isnan(), torch.nan)
     return choice.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-
-
-def _take(scores: Tensor, choice: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    ids = _top(choice, top_k)
-    return ids.int(), scores.gather(1, ids)
-
-
-def _normalize(weights: Tensor) -> Tensor:
-    return weights / (weights.sum(dim=-1, keepdim=True) + _EPS)
 
 
 def _describe(tensor: Tensor) -> str:
@@ -435,26 +391,8 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], ax
 
 def _check_logits(logits: Tensor, top_k: int) -> None:
     _check_tensor("logits", logits, _FLOATS, "[T, E]")
-    if not isinstance(top_k, int) or isinstance(top_k, bool):
-        raise TypeError(f"top_k: expected an int, got {type(top_k).__name__}; cast it with int()")
-    if not 1 <= top_k <= logits.shape[1]:
+    if not isinstance(top_k, int) or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(
-            f"top_k: expected 1..{logits.shape[1]} for logits {_describe(logits)}, got {top_k}; "
-            "check that the columns of logits are the experts"
+            f"top_k: expected an int in 1..{logits.shape[1]} for logits {_describe(logits)}, got "
+            f"{top_k!r}; check that the columns of logits are the experts"
         )
-
-
-def _check_groups(num_experts: int, top_k: int, num_expert_group: int, topk_group: int) -> int:
-    """Experts per group."""
-    if num_expert_group < 1 or num_experts % num_expert_group:
-        raise ValueError(
-            f"num_expert_group: expected a divisor of {num_experts} experts, got "
-            f"{num_expert_group}; pass n_group of the model's configuration"
-        )
-    size = num_experts // num_expert_group
-    if not 1 <= topk_group <= num_expert_group or top_k > topk_group * size:
-        raise ValueError(
-            f"topk_group: expected 1..{num_expert_group} groups of {size} experts holding "
-            f"top_k={top_k}, got {topk_group}; pass topk_group of the model's configuration"
-        )
-    return size

@@ -204,13 +204,14 @@ class ExpertWeights:
         """Experts start..stop-1, which keep answering to their global ids."""
         if not 0 <= start < stop <= self.spec.num_experts:
             raise FormatError(f"experts {start}:{stop} are not in 0:{self.spec.num_experts}")
+        extras: dict[str, Any] = {n: part[start:stop] for n, part in self.extras().items()}
         return replace(
             self,
             w13=self.w13[start:stop],
             w2=self.w2[start:stop],
             activation=self.activation.slice_experts(start, stop),
             first_expert=self.first_expert + start,
-            **{name: part[start:stop] for name, part in self.extras().items()},
+            **extras,
         )
 
     def experts(self) -> Iterator[ExpertWeights]:
@@ -282,7 +283,7 @@ def split_halves(w13: Tensor | QTensor, order: str) -> Tensor | QTensor:
             if w13.global_scale.dim() == 2
             else w13.global_scale[:, None].repeat(1, 1 if order == "no_gate" else 2)
         )
-    return replace(w13, **split)
+    return w13.with_parts(split)
 
 
 def _split(part: Tensor, order: str, axis: int) -> Tensor:
@@ -291,8 +292,9 @@ def _split(part: Tensor, order: str, axis: int) -> Tensor:
     if part.shape[axis] % 2:
         raise FormatError(f"w13 has an odd number of rows, {part.shape[axis]}: no gate and up")
     if order == "interleaved":
-        return part.unflatten(axis, (-1, 2)).movedim(axis, axis - 1).contiguous()
-    halves = part.unflatten(axis, (2, -1))
+        pairs = torch.unflatten(part, axis, (-1, 2))
+        return pairs.movedim(axis, axis - 1).contiguous()
+    halves = torch.unflatten(part, axis, (2, -1))
     # float8 has no flip; stack works for every dtype.
     return torch.stack(halves.unbind(axis - 1)[::-1], axis - 1) if order == "up_gate" else halves
 

@@ -24,8 +24,11 @@ from moelten.weights import ExpertSpec
 class Backend(Protocol):
     """One way to run a layer."""
 
-    name: str
-    layout: Layout
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layout(self) -> Layout: ...
 
     def refusals(self, spec: ExpertSpec, device: torch.device) -> list[str]:
         """Every reason why this backend cannot run `spec` on `device` here; empty if it can."""

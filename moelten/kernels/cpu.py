@@ -185,7 +185,7 @@ def decode(matrix: QTensor) -> Tensor:
             groups.sub_(matrix.zero[..., None])
         groups.mul_(scale[..., None])
     if matrix.global_scale is not None:
-        values.mul_(matrix.global_scale.view(-1, 1) if matrix.global_scale.dim() else matrix.global_scale)  # fmt: skip
+        values.mul_(matrix.global_scale[..., None])
     return values
 
 
