@@ -18,12 +18,14 @@ class Plan:
     """P rows, A active experts, T tokens, k slots.
 
     pairs:   int64 [P] flat index token * k + slot of each row
+    experts: int64 [P] local expert of each row, ascending
     active:  int64 [A] local ids of the experts with at least one row, ascending
     offsets: int64 [A + 1] row range of each active expert
     rows:    int64 [T, k] row of each pair, -1 where the pair has none
     """
 
     pairs: Tensor
+    experts: Tensor
     active: Tensor
     offsets: Tensor
     rows: Tensor
@@ -36,11 +38,6 @@ class Plan:
     def tokens(self) -> Tensor:
         """int64 [P] token of each row."""
         return self.pairs // max(self.rows.shape[1], 1)
-
-    @property
-    def experts(self) -> Tensor:
-        """int64 [P] local expert of each row."""
-        return self.active.repeat_interleave(self.offsets.diff())
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(local expert, first row, last row + 1) of each active expert."""
@@ -64,4 +61,4 @@ def make_plan(ids: Tensor, num_experts: int, first_expert: int = 0) -> Plan:
     pairs = keys.sort(stable=True).indices[: int(offsets[-1])]
     rows = torch.full_like(keys, -1)
     rows[pairs] = torch.arange(pairs.numel(), device=ids.device)
-    return Plan(pairs, active, offsets, rows.view(ids.shape))
+    return Plan(pairs, keys[pairs], active, offsets, rows.view(ids.shape))
