@@ -23,8 +23,8 @@ LAYERS = (
     {"moe"},
     {"checkpoints"},
     {"integrations"},
-    {"demo", "verify", "bench", "doctor"},
-    {"cli"},
+    {"definition", "describe", "demo", "verify", "run", "bench", "plot", "doctor"},
+    {"terminal", "cli"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
@@ -74,17 +74,13 @@ def test_two_folder_levels():
 )
 def test_imports_stay_light(statement, absent):
     probe = f"{statement}\nimport sys\nprint([m for m in {absent!r} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 def test_cuda_is_not_initialised_by_import():
     probe = "import moelten.moe, torch; print(torch.cuda.is_initialized())"
-    done = subprocess.run(
-        [sys.executable, "-c", probe], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
