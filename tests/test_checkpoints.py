@@ -344,6 +344,21 @@ def test_ignored_modules_in_every_dialect(name, quantization, tmp_path):
     assert torch.equal(checkpoint.expert(1, 1).w2.data[0], stored[1, 1, "down"].values)
 
 
+def test_patterns_reach_modules_under_their_other_prefixes(tmp_path):
+    """Files say language_model.model.layers, the configuration model.language_model.layers."""
+    sizes = Sizes(hidden=128, inter=128, moe_layers=(1,))
+    write_model(tmp_path, plain(torch.bfloat16), sizes, **CASES["multimodal"].write)
+    for prefix in ("model.language_model.", "model.", "language_model.model.", ""):
+        name = f"{prefix}layers.1.mlp.experts"
+        for quantization in (
+            deepseek(modules_to_not_convert=[name]),
+            modelopt("NVFP4", exclude_modules=[f"{name}*"]),
+            ct("pack-quantized", INT4, ignore=[f"re:^{name}.*"]),
+        ):
+            write_config(tmp_path, sizes, quantization)
+            assert Checkpoint(tmp_path).format_name == "bf16"
+
+
 def test_group_that_targets_the_experts_is_chosen(tmp_path):
     sizes = Sizes(hidden=64, inter=64, moe_layers=(1,))
     write_model(tmp_path, CASES["kimi int4"].encode, sizes)

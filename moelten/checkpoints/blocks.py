@@ -2,7 +2,8 @@
 
 All scales multiply, whatever their name (`weight_scale_inv`, `weight_scale`, V4's `scale`), and are
 fp32, bf16, fp16 or e8m0. The last blocks may be partial. W4AFP8 keeps int4 codes beside fp32 scales
-in an otherwise FP8 checkpoint; its activations have static per-tensor scales.
+in an otherwise FP8 checkpoint; its activations have static per-tensor scales, one per expert as
+calibrated (engines that use one for all experts take their maximum).
 """
 
 from __future__ import annotations
