@@ -45,14 +45,15 @@ def flip_offset(packed: Tensor) -> Tensor:
 
 def words_to_bytes(words: Tensor) -> Tensor:
     """int32 words [..., K/8] (nibble i = element 8w + i) to bytes [..., K/2]."""
-    return words.contiguous().view(torch.uint8)
+    # Flat first: a size-1 axis may carry a stride that passes for contiguous and forbids the view.
+    return words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
 
 
 def bytes_to_words(packed: Tensor) -> Tensor:
     """Inverse of `words_to_bytes`; K must be a multiple of 8."""
     if packed.shape[-1] % 4:
         raise FormatError(f"int32 words hold 8 codes, got K={2 * packed.shape[-1]}")
-    return packed.contiguous().view(torch.int32)
+    return packed.reshape(-1).view(torch.int32).view(*packed.shape[:-1], packed.shape[-1] // 4)
 
 
 def from_offset_words(words: Tensor) -> Tensor:

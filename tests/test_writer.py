@@ -1,8 +1,8 @@
-"""What the writer writes is what compressed-tensors, transformers and moelten itself read back.
+"""What the writer writes is what transformers, compressed-tensors and moelten itself read back.
 
-Outside readers are the judges: compressed-tensors decompresses every layout, transformers loads
-whole models, safetensors opens the files. vLLM is not among them; its conventions are checked as
-names, dtypes and shapes.
+Outside readers are the judges: transformers loads whole models, compressed-tensors decompresses,
+safetensors opens the files. vLLM is not among them; `test_layout` has its conventions as names,
+dtypes and shapes.
 """
 
 from __future__ import annotations
@@ -22,56 +22,31 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
-from compressed_tensors.compressors import BaseCompressor  # noqa: E402
-from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme  # noqa: E402
 from compressed_tensors.utils.match import match_name  # noqa: E402
 
 from moelten import CheckpointError, FormatError, UnsupportedError, dequantize, quantize  # noqa: E402
 from moelten.checkpoints import Checkpoint  # noqa: E402
-from moelten.checkpoints.layout import _reciprocal  # noqa: E402
-from moelten.checkpoints.writer import (  # noqa: E402
-    quantization_config,
-    quantize_checkpoint,
-    write_projection,
-)
+from moelten.checkpoints.writer import quantize_checkpoint  # noqa: E402
 from moelten.formats import (  # noqa: E402
-    BF16,
-    FP8,
     FP8_BLOCK,
-    FP8_GROUP,
     FP8_ROW,
     FP8_TENSOR,
-    INT8_BLOCK,
     INT8_ROW,
     MXFP4,
-    MXFP8,
     NVFP4,
     Format,
     Int4,
 )
-from moelten.quantize import NVFP4_RANGE, QTensor  # noqa: E402
+from moelten.quantize import QTensor  # noqa: E402
 from tests.checkpoint_cases import CASES, write_case  # noqa: E402
+from tests.compressed_reader import EXACT, decompress  # noqa: E402
 from tests.tiny_models import logits, tiny_model  # noqa: E402
 
-EXACT = {
-    "int4 g32": Int4(32),
-    "int4 g64": Int4(64),
-    "int4 g128": Int4(128),
-    "int4 channel": Int4(),
-    "int4 fp16 scales": Int4(32, scale="float16"),
-    "int4 zero points": Int4(32, True),
-    "int4 zero points channel": Int4(None, True),
-    "mxfp4": MXFP4(),
-    "mxfp8": MXFP8(),
-    "fp8 tensor": FP8_TENSOR,
-    "fp8 channel": FP8_ROW,
-    "fp8 channel bf16 scales": FP8((1, None), "bfloat16"),
-    "fp8 block": FP8_BLOCK,
-    "int8": INT8_ROW,
-}
 # The tiny models have H = 64 and I = 32.
 FITTING = {k: v for k, v in EXACT.items() if k not in ("int4 g64", "int4 g128")}
 FITTING["nvfp4"] = NVFP4()
+# Sources that take no long to write; the larger ones are FP8 blocks and W4AFP8, which have tests.
+SMALL = [name for name, case in CASES.items() if case.sizes.hidden * case.sizes.inter < 2**14]
 ROUTED = re.compile(r"\.experts\.\d+\.")
 PROJECTIONS = {
     "qwen3_moe": ("mlp.experts", ("gate_proj", "up_proj", "down_proj")),
@@ -92,14 +67,6 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 
 def read_all(path: Path) -> dict[str, Tensor]:
     return {k: v for file in sorted(path.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def decompress(fmt: Format, tensors: dict[str, Tensor], name: str) -> Tensor:
-    """One linear, decompressed by compressed-tensors as its configuration says."""
-    config = QuantizationConfig.model_validate(quantization_config(fmt, BF16, []))
-    own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-    compressor = BaseCompressor.get_value_from_registry(config.format)
-    return compressor.decompress(own, config.config_groups["group_0"])["weight"]
 
 
 def expected_linears(source: Path, family: str, fmt: Format) -> dict[str, QTensor]:
@@ -127,160 +94,6 @@ def assert_same(got: QTensor, want: QTensor) -> None:
     assert got.format == want.format
     for part, tensor in want.tensors().items():
         assert torch.equal(got.tensors()[part].float(), tensor.float()), part
-
-
-@pytest.mark.parametrize("fmt", EXACT.values(), ids=EXACT)
-def test_compressed_tensors_decodes_what_dequantize_does(fmt):
-    w = torch.randn(136, 256, generator=torch.Generator().manual_seed(0)) * 0.02
-    w[3] = 0
-    w[:, 5] *= 50
-    matrix = quantize(w, fmt)
-    weight = decompress(fmt, write_projection("a.experts.0.w1", matrix), "a.experts.0.w1")
-    assert torch.equal(weight, dequantize(matrix).to(weight.dtype))
-
-
-def test_nvfp4_differs_from_readers_by_the_place_of_one_rounding():
-    w = torch.randn(128, 512, generator=torch.Generator().manual_seed(0)) * 0.02
-    matrix = quantize(w, NVFP4())
-    tensors = write_projection("x", matrix)
-    weight = decompress(NVFP4(), tensors, "x")
-    # The reader's own order, code * (scale / g), exactly; ours to a bf16 rounding.
-    scale = (matrix.scale.float() / tensors["x.weight_global_scale"]).repeat_interleave(16, 1)
-    codes = dequantize(QTensor(matrix.data, MXFP4(), torch.full((128, 16), 127, dtype=torch.uint8)))
-    assert torch.equal(weight, (codes * scale).bfloat16())
-    ours = dequantize(matrix)
-    assert ((weight.float() - ours).abs() <= ours.abs() * 2**-8).all()
-    # A power of two leaves nothing to round.
-    power = quantize(w, NVFP4(), global_scale=torch.tensor(2.0**-13))
-    again = decompress(NVFP4(), write_projection("x", power), "x")
-    assert torch.equal(again, dequantize(power).bfloat16())
-
-
-def test_nvfp4_global_scales_reload_bit_for_bit():
-    amax = torch.rand(200_000, generator=torch.Generator().manual_seed(0)) + 0.5
-    amax = torch.cat([amax, torch.tensor([1e-38, 1e-30, 1e30, 3e38])])
-    decode = 1.0 / (NVFP4_RANGE / amax).clamp(max=torch.finfo(torch.float32).max)
-    data = torch.zeros(1, 8, dtype=torch.uint8)
-    scale = torch.ones(1, 1).to(torch.float8_e4m3fn)
-    stored = _reciprocal(decode)
-    assert torch.equal(1.0 / stored, decode)
-    assert not torch.equal(1.0 / (1.0 / decode), decode), "the naive reciprocal would do"
-    one = write_projection("x", QTensor(data, NVFP4(), scale, None, decode[7]))
-    assert one["x.weight_global_scale"].tolist() == [stored[7].item()]
-    # Not every fp32 number is a reciprocal; the others move by one ulp at most.
-    anything = torch.rand(10_000, generator=torch.Generator().manual_seed(1)) + 0.5
-    back = 1.0 / _reciprocal(anything)
-    assert ((back - anything).abs() <= anything * 2**-23).all()
-    assert not torch.equal(back, anything)
-
-
-def test_tensor_names_dtypes_and_shapes():
-    w = torch.randn(64, 128)
-    shapes = {
-        name: {k: (str(v.dtype)[6:], list(v.shape)) for k, v in write_projection("p", q).items()}
-        for name, q in {
-            "int4": quantize(w, Int4(32)),
-            "zero": quantize(w, Int4(32, True)),
-            "nvfp4": quantize(w, NVFP4()),
-            "mxfp4": quantize(w, MXFP4()),
-            "fp8": quantize(w, FP8_TENSOR),
-            "int8": quantize(w, INT8_ROW),
-        }.items()
-    }
-    int4 = {
-        "p.weight_packed": ("int32", [64, 16]),
-        "p.weight_scale": ("bfloat16", [64, 4]),
-        "p.weight_shape": ("int64", [2]),
-    }
-    assert shapes == {
-        "int4": int4,
-        "zero": {**int4, "p.weight_zero_point": ("int32", [8, 4])},
-        "nvfp4": {
-            "p.weight_global_scale": ("float32", [1]),
-            "p.weight_packed": ("uint8", [64, 64]),
-            "p.weight_scale": ("float8_e4m3fn", [64, 8]),
-        },
-        "mxfp4": {"p.weight_packed": ("uint8", [64, 64]), "p.weight_scale": ("uint8", [64, 4])},
-        "fp8": {"p.weight": ("float8_e4m3fn", [64, 128]), "p.weight_scale": ("float32", [1])},
-        "int8": {"p.weight": ("int8", [64, 128]), "p.weight_scale": ("float32", [64, 1])},
-    }
-    assert write_projection("p", quantize(w, Int4(32)))["p.weight_shape"].tolist() == [64, 128]
-
-
-@pytest.mark.parametrize("fmt", [BF16, INT8_BLOCK, FP8_GROUP, FP8((128, 128), "e8m0")], ids=str)
-def test_formats_without_a_layout_are_refused(fmt):
-    with pytest.raises(UnsupportedError, match=r"no layout|not supported"):
-        quantization_config(fmt, BF16, [])
-    with pytest.raises(UnsupportedError, match="no layout"):
-        write_projection("x", quantize(torch.zeros(128, 128), fmt))
-
-
-def test_write_projection_wants_one_matrix():
-    with pytest.raises(FormatError, match=r"one matrix \[N, K\], got \[2, 32, 32\]"):
-        write_projection("x", quantize(torch.zeros(2, 32, 32), Int4(32)))
-
-
-def test_configuration_has_the_keys_of_published_checkpoints():
-    config = quantization_config(Int4(32), BF16, ["lm_head"])
-    weights = {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": 32,
-        "dynamic": False,
-        "actorder": None,
-        "block_structure": None,
-        "observer": "minmax",
-        "observer_kwargs": {},
-    }
-    group = {
-        "targets": ["Linear"],
-        "input_activations": None,
-        "output_activations": None,
-        "weights": weights,
-    }
-    assert config == {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "kv_cache_scheme": None,
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": group},
-    }
-
-
-@pytest.mark.parametrize(
-    "fmt, activations, preset",
-    [
-        (Int4(128), FP8_ROW, "W4AFP8"),
-        (Int4(128), INT8_ROW, "W4A8"),
-        (Int4(128, True), BF16, "W4A16_ASYM"),
-        (INT8_ROW, INT8_ROW, "W8A8"),
-        (FP8_ROW, FP8_ROW, "FP8_DYNAMIC"),
-        (FP8_BLOCK, FP8_GROUP, "FP8_BLOCK"),
-        (NVFP4(), BF16, "NVFP4A16"),
-        (MXFP4(), BF16, "MXFP4A16"),
-        (MXFP4(), FP8_GROUP, "MXFP4XFP8"),
-        (MXFP8(), MXFP8(), "MXFP8"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.name,
-)
-def test_configuration_means_the_preset_of_that_name(fmt, activations, preset):
-    config = QuantizationConfig.model_validate(quantization_config(fmt, activations, []))
-    ours, theirs = config.config_groups["group_0"], preset_name_to_scheme(preset, ["Linear"])
-    keys = "num_bits type symmetric strategy group_size block_structure dynamic scale_dtype".split()
-    for part in ("weights", "input_activations"):
-        got, want = getattr(ours, part), getattr(theirs, part)
-        assert (got is None) == (want is None)
-        assert want is None or [getattr(got, k) for k in keys] == [getattr(want, k) for k in keys]
-
-
-@pytest.mark.parametrize("activations", [FP8_TENSOR, NVFP4(), NVFP4(True)], ids=lambda f: f.name)
-def test_static_activations_are_refused(activations):
-    weights = NVFP4() if isinstance(activations, NVFP4) else Int4(32)
-    with pytest.raises(UnsupportedError, match="calibrated"):
-        quantization_config(weights, activations, [])
 
 
 @pytest.mark.parametrize("fmt", FITTING.values(), ids=FITTING)
@@ -528,15 +341,40 @@ def copy_model(source: Path, target: Path) -> Path:
     return Path(shutil.copytree(source, target))
 
 
-def test_codes_already_in_the_format_are_kept(sources, tmp_path):
-    first = quantize_checkpoint(sources["qwen3_moe"], tmp_path / "int4", Int4(32))
-    again = quantize_checkpoint(first.path, tmp_path / "again", Int4(32), activation_format=FP8_ROW)
+@pytest.mark.parametrize("fmt", [Int4(32), NVFP4(), FP8_TENSOR], ids=lambda fmt: fmt.name)
+def test_codes_already_in_the_format_are_kept(sources, tmp_path, fmt):
+    first = quantize_checkpoint(sources["qwen3_moe"], tmp_path / "first", fmt)
+    again = quantize_checkpoint(first.path, tmp_path / "again", fmt, activation_format=FP8_ROW)
     assert_equal_folders(again, first.path)
     assert set(again.layer_errors.values()) == {0.0}
     other = quantize_checkpoint(first.path, tmp_path / "mxfp4", MXFP4())
     assert all(error > 0.01 for error in other.layer_errors.values())
-    config = json.loads((other.path / "config.json").read_text())["quantization_config"]
-    assert config["format"] == "mxfp4-pack-quantized"
+
+
+def test_global_scales_that_differ_between_gate_and_up_become_one(tmp_path):
+    write_case(tmp_path / "source", "nvfp4")
+    old = read_all(tmp_path / "source")
+    result = quantize_checkpoint(tmp_path / "source", tmp_path / "q", NVFP4())
+    new = read_all(tmp_path / "q")
+    gates = [name for name in new if name.endswith(".gate_proj.weight_global_scale")]
+    assert len(gates) > 3
+    for gate in gates:
+        up = gate.replace("gate_proj", "up_proj")
+        assert not torch.equal(old[gate], old[up]) and torch.equal(new[gate], new[up])
+    assert all(0 < error < 0.1 for error in result.layer_errors.values())
+
+
+def test_a_nested_description_of_the_source_is_replaced(sources, tmp_path):
+    source = quantize_checkpoint(sources["qwen3_moe"], tmp_path / "source", Int4(32)).path
+    config = json.loads((source / "config.json").read_text())
+    nested = {"model_type": "some_vl_moe", "text_config": config}
+    (source / "config.json").write_text(json.dumps(nested))
+    (source / "hf_quant_config.json").write_text("{}")
+    quantize_checkpoint(source, tmp_path / "q", MXFP4())
+    new = json.loads((tmp_path / "q" / "config.json").read_text())
+    assert new["quantization_config"]["format"] == "mxfp4-pack-quantized"
+    assert new["text_config"] == {k: v for k, v in config.items() if k != "quantization_config"}
+    assert not (tmp_path / "q" / "hf_quant_config.json").exists()
 
 
 def test_quantized_linears_outside_the_experts_are_decoded(sources, tmp_path):
@@ -572,7 +410,7 @@ def test_quantized_linears_outside_the_experts_are_decoded(sources, tmp_path):
     assert torch.equal(got, dequantize(quantize(w, Int4(32)), torch.bfloat16))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SMALL)
 def test_every_format_that_can_be_read_can_be_requantized(name, tmp_path):
     write_case(tmp_path / "source", name)
     quantize_checkpoint(tmp_path / "source", tmp_path / "q", INT8_ROW)
