@@ -1,7 +1,8 @@
 """What this machine and this installation can run, and why anything else would not.
 
 Every section is made by itself and may fail by itself: a broken driver costs its own section, never
-the report. Looking is passive: no CUDA context is made, no kernel is compiled, nothing is timed.
+the report. Looking is passive: no kernel is compiled, nothing is timed, and CUDA is initialised
+only where the driver reports a device.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "numpy", "safetensors", "triton", "transformers", "compressed-tensors", "accelerate", "llvmlite", "matplotlib")  # fmt: skip
+PACKAGES = (
+    *("torch", "numpy", "safetensors", "triton", "llvmlite"),
+    *("transformers", "compressed-tensors", "accelerate", "matplotlib"),
+)
 EXTRAS = {
     "cpu": ("llvmlite",),
     "transformers": ("transformers", "compressed_tensors", "accelerate"),
@@ -26,7 +30,8 @@ _CPU_FLAGS = (
     *("avx512_fp16", "amx_int8", "amx_bf16", "asimd", "bf16", "i8mm", "sve"),
 )
 # One scheme and shape that every backend has an opinion on; `moelten explain` asks about others.
-_PROBE = ("int4g32_bf16", 8, 256, 128)
+_PROBE = "int4g32_bf16"
+_PROBE_SIZES: dict[str, Any] = {"num_experts": 8, "hidden_size": 256, "intermediate_size": 128}
 
 
 def report() -> dict[str, dict[str, Any]]:
@@ -106,7 +111,6 @@ def gpus() -> dict[str, Any]:
 
     if torch.version.cuda is None and torch.version.hip is None:
         return {"available": False, "reason": f"torch {torch.__version__} is built without CUDA"}
-    # The count comes from the driver's management library, without a CUDA context.
     if torch.cuda.device_count() == 0:
         return {"available": False, "reason": "the driver reports no device"}
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -125,40 +129,35 @@ def gpus() -> dict[str, Any]:
 
 
 def backends() -> dict[str, Any]:
-    """Each backend's reasons against one common scheme, per kind of device; empty if it runs."""
+    """What each backend answers to one common scheme, per kind of device."""
     import torch
 
     from moelten.formats import scheme
     from moelten.kernels import verdicts
     from moelten.weights import ExpertSpec
 
-    name, *sizes = _PROBE
-    spec = ExpertSpec(scheme(name), *sizes)
-    kinds = ("cpu", "cuda")
-    answers = {kind: verdicts(spec, torch.device(kind)) for kind in kinds}
-    names = [verdict.backend for verdict in answers["cpu"]]
-    return {
-        "probed": f"{name}, E={sizes[0]}, H={sizes[1]}, I={sizes[2]}",
-        **{
-            backend: {
-                kind: list(verdict.reasons)
-                for kind in kinds
-                for verdict in answers[kind]
-                if verdict.backend == backend
-            }
-            for backend in names
-        },
+    spec = ExpertSpec(scheme(_PROBE), **_PROBE_SIZES)
+    answers = {
+        f"on {kind}": {
+            verdict.backend: "; ".join(verdict.reasons) or "would run"
+            for verdict in verdicts(spec, torch.device(kind))
+        }
+        for kind in ("cpu", "cuda")
     }
+    sizes = ", ".join(f"{name}={size}" for name, size in _PROBE_SIZES.items())
+    return {"asked": f"{_PROBE}, {sizes}", **answers}
 
 
 def extras() -> dict[str, Any]:
-    """Optional extras of the package: None if complete, else the command that completes it."""
+    """Whether each optional extra is complete, and the command that completes it."""
     missing = {
         name: [module for module in modules if find_spec(module) is None]
         for name, modules in EXTRAS.items()
     }
     return {
-        name: f"missing {', '.join(modules)}: pip install 'moelten[{name}]'" if modules else None
+        name: f"missing {', '.join(modules)}: pip install 'moelten[{name}]'"
+        if modules
+        else "complete"
         for name, modules in missing.items()
     }
 
@@ -167,6 +166,4 @@ def require_extra(name: str, purpose: str) -> None:
     """Raise ImportError, naming the extra to install, unless all its modules are there."""
     missing = [module for module in EXTRAS[name] if find_spec(module) is None]
     if missing:
-        raise ImportError(
-            f"{purpose} needs {', '.join(missing)}; install them with: pip install 'moelten[{name}]'"
-        )
+        raise ImportError(f"{purpose} needs {', '.join(missing)}: pip install 'moelten[{name}]'")
