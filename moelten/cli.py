@@ -17,7 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moelten import __version__, terminal
+from moelten import __version__
+from moelten.commands import terminal
 from moelten.errors import LayoutError
 
 OK, CHECK_FAILED, BAD_INPUT = 0, 1, 2
@@ -104,7 +105,7 @@ def run_command(
     json_output: Json = False,
 ) -> int:
     """Load the experts, pack them, run tokens, and hold the result to an independent decoder."""
-    from moelten.run import record, run_checkpoint, run_demos
+    from moelten.commands.run import record, run_checkpoint, run_demos
 
     options: dict[str, Any] = {"layers": layers, "tokens": tokens, "backend": backend, "seed": seed}
     with terminal.show_progress() as progress:
@@ -129,7 +130,7 @@ def inspect_command(
     json_output: Json = False,
 ) -> int:
     """What is in a checkpoint, its scheme, and whether it runs here; reads headers alone."""
-    from moelten.describe import describe_checkpoint
+    from moelten.commands.describe import describe_checkpoint
 
     found = describe_checkpoint(_folder(checkpoint), device.value)
     if json_output:
@@ -154,7 +155,7 @@ def quantize_command(
 ) -> int:
     """Quantize the routed experts and write a compressed-tensors checkpoint; the rest is copied."""
     from moelten.checkpoints.writer import quantize_checkpoint
-    from moelten.describe import find_format
+    from moelten.commands.describe import find_format
 
     weights = find_format(weight_format, "weights")
     rounded = find_format(activations, "activations")
@@ -194,7 +195,7 @@ def explain_command(
     json_output: Json = False,
 ) -> int:
     """Which backend would run it, and why each other one would not; exit code 1 if none would."""
-    from moelten.describe import describe_checkpoint, describe_spec, find_scheme
+    from moelten.commands.describe import describe_checkpoint, describe_spec, find_scheme
     from moelten.weights import ExpertSpec
 
     if Path(what).is_dir():
@@ -224,8 +225,8 @@ def verify_command(
     json_output: Json = False,
 ) -> int:
     """Decode experts a second time, by definition, and compare; or compare two checkpoints."""
-    from moelten import verify
     from moelten.checkpoints import Checkpoint
+    from moelten.commands import verify
 
     opened = Checkpoint(_folder(checkpoint))
     with terminal.show_progress(len(opened.layers)) as progress:
@@ -248,7 +249,7 @@ def verify_command(
 @_command("doctor")
 def doctor_command(json_output: Json = False) -> int:
     """Versions, hardware, backends and missing extras of this installation."""
-    from moelten.doctor import report
+    from moelten.commands.doctor import report
 
     sections = report()
     if json_output:
@@ -285,10 +286,10 @@ def bench_command(
     json_output: Json = False,
 ) -> int:
     """Time the experts beside transformers' own, on the same draws, against measured floors."""
-    from moelten import bench
-    from moelten.describe import find_scheme
-    from moelten.doctor import require_extra
-    from moelten.plot import draw
+    from moelten.commands import bench
+    from moelten.commands.describe import find_scheme
+    from moelten.commands.doctor import require_extra
+    from moelten.commands.plot import draw
 
     bench.check_device(device.value)
     if plot is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from moelten.activations import Activation
 from moelten.errors import FormatError, LayoutError
 from moelten.formats import Format, Scheme, decode_format, encode_format
-from moelten.quantize import QTensor, decode_scale
+from moelten.qtensor import QTensor, decode_scale
 from moelten.weights import ExpertSpec, ExpertWeights, shard_bounds
 
 MATRICES = ("w13", "w2")
@@ -48,15 +48,20 @@ class Layout(Protocol):
 class PackedExperts:
     """Experts of one MoE layer in `layout`, on one device. Made by `moelten.pack`, not by hand.
 
-    tensors maps names such as "w13.data" to expert-major [E, ...] tensors.
+    tensors:   names such as "w13.data" to expert-major [E, ...] tensors
+    signature: all but the tensors, as text: what the registered operator carries beside them
     """
 
     spec: ExpertSpec
     layout: Layout
     tensors: dict[str, Tensor]
-    version: int = field(default=0)
+    version: int
+    signature: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Made now and not on demand: a compiled graph must find it as a constant.
+        signature = "\n".join((self.layout.name, ",".join(self.tensors), encode_spec(self.spec)))
+        object.__setattr__(self, "signature", signature)
         for name, part in self.tensors.items():
             if part.shape[:1] != (self.spec.num_experts,):
                 raise LayoutError(
@@ -90,11 +95,6 @@ class PackedExperts:
     @property
     def device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
-
-    @cached_property
-    def signature(self) -> str:
-        """Everything but the tensors, as text: what the registered operator carries beside them."""
-        return "\n".join((self.layout.name, ",".join(self.tensors), encode_spec(self.spec)))
 
     @property
     def nbytes(self) -> int:
@@ -235,6 +235,7 @@ def _weights(
     )
 
 
+@lru_cache(maxsize=4096)
 def encode_spec(spec: ExpertSpec) -> str:
     """JSON of a spec: what the registered operator carries beside its tensors."""
     return json.dumps(

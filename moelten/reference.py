@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moelten.quantize import dequantize, round_activations
+from moelten.qtensor import dequantize, round_activations
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from moelten.activations import Activation, SwiGLU
 from moelten.errors import FormatError
 from moelten.formats import BF16, FP16, FP32, Format, Scheme
-from moelten.quantize import QTensor, quantize
+from moelten.qtensor import QTensor, quantize
 
 GATE_UP_ORDERS = {
     "gate_up": "all gate rows, then all up rows (Hugging Face, vLLM w13)",

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moelten import bench
 from moelten.cli import app
+from moelten.commands import bench
 from moelten.errors import FormatError, UnsupportedError
 from moelten.formats import SCHEMES, scheme
-from moelten.quantize import dequantize
+from moelten.qtensor import dequantize
 
 TINY = bench.Shape("tiny", 256, 128, 6, 2)
 KEYS = {

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import moelten
-from moelten import demo, doctor, packing, verify
+from moelten import packing
 from moelten.cli import app
+from moelten.commands import demo, doctor, verify
 from moelten.formats import SCHEMES
 from moelten.kernels.cpu import CpuBackend
 

@@ -10,10 +10,11 @@ from checkpoint_cases import CASES, write_case
 from checkpoint_writers import Sizes, plain, write_config, write_model
 from test_checkpoints import fused, gpt_oss
 
-from moelten import CheckpointError, UnsupportedError, demo, run, verify
+from moelten import CheckpointError, UnsupportedError
 from moelten.checkpoints import Checkpoint
 from moelten.checkpoints.families import find_family
-from moelten.definition import StoredExperts, activation_of, decode_matrix
+from moelten.commands import demo, run, verify
+from moelten.commands.definition import StoredExperts, activation_of, decode_matrix
 
 
 @pytest.fixture(scope="module", autouse=True)

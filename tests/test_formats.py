@@ -29,7 +29,7 @@ from moelten.formats import (
     decode_format,
     encode_format,
 )
-from moelten.quantize import QTensor, dequantize, quantize
+from moelten.qtensor import QTensor, dequantize, quantize
 
 WEIGHT_FORMATS = {s.weights.name: s.weights for s in SCHEMES.values()}
 

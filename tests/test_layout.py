@@ -29,7 +29,7 @@ from moelten.formats import (
     NVFP4,
     Int4,
 )
-from moelten.quantize import NVFP4_RANGE, QTensor
+from moelten.qtensor import NVFP4_RANGE, QTensor
 from tests.compressed_reader import EXACT, decompress
 
 

@@ -16,7 +16,7 @@ from metrics import assert_matches, within_bounds
 import moelten
 from moelten import kernels, reference
 from moelten.formats import BF16, FP8_ROW, FP8_TENSOR, FP32, SCHEMES, Int4, scheme
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 from moelten.routing import Routing
 
 CPU = torch.device("cpu")
@@ -294,6 +294,17 @@ def test_compile_fullgraph():
     for rows in (33, 7):
         arguments = x[:rows], routing.ids[:rows], routing.weights[:rows]
         assert torch.equal(compiled(*arguments), layer(*arguments))
+
+
+def test_layer_compiles_fullgraph():
+    case = Case(scheme("mxfp4_bf16"))
+    layer = moelten.MoELayer(
+        moelten.pack(make_weights(case)),
+        torch.randn(5, 256),
+        lambda logits: moelten.topk_softmax(logits, 2),
+    )
+    x, _ = make_input(case)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
 
 
 def test_gradient_is_refused():

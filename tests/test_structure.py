@@ -14,7 +14,7 @@ import moelten
 PACKAGE = Path(moelten.__file__).parent
 # Each layer may import from itself and from those above it.
 LAYERS = (
-    {"errors", "formats", "casts", "packing", "layouts", "quantize", "activations"},
+    {"errors", "formats", "casts", "packing", "layouts", "qtensor", "activations"},
     {"routing", "plan"},
     {"weights"},
     {"packed"},
@@ -23,8 +23,8 @@ LAYERS = (
     {"moe"},
     {"checkpoints"},
     {"integrations"},
-    {"definition", "describe", "demo", "verify", "run", "bench", "plot", "doctor"},
-    {"terminal", "cli"},
+    {"commands"},
+    {"cli"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

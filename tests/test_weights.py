@@ -13,7 +13,7 @@ import moelten
 from moelten import kernels, reference
 from moelten.formats import BF16, MXFP4, NVFP4, SCHEMES, Int4, scheme
 from moelten.packed import PackedExperts, decode_spec, encode_spec
-from moelten.quantize import QTensor, dequantize, quantize
+from moelten.qtensor import QTensor, dequantize, quantize
 from moelten.weights import ExpertWeights
 
 CPU = torch.device("cpu")

@@ -37,7 +37,7 @@ from moelten.formats import (  # noqa: E402
     Format,
     Int4,
 )
-from moelten.quantize import QTensor  # noqa: E402
+from moelten.qtensor import QTensor  # noqa: E402
 from tests.checkpoint_cases import CASES, write_case  # noqa: E402
 from tests.compressed_reader import EXACT, decompress  # noqa: E402
 from tests.tiny_models import logits, tiny_model  # noqa: E402

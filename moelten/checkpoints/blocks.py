@@ -25,7 +25,7 @@ from moelten.formats import (
     Int4,
     Int8,
 )
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 SCALES = ("weight_scale_inv", "weight_scale", "scale")
 PLAIN = Recipe("", "plain")

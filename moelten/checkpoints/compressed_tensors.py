@@ -31,7 +31,7 @@ from moelten.formats import (
     Format,
     Int4,
 )
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 _NAIVE = ("int-quantized", "float-quantized", "naive-quantized")
 _STRATEGY_BLOCKS: dict[str, Block] = {

@@ -19,7 +19,7 @@ from moelten.checkpoints.config import Recipe
 from moelten.checkpoints.projection import FLOATS, Projection
 from moelten.errors import CheckpointError, FormatError
 from moelten.formats import Format
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 from moelten.weights import ExpertWeights, split_halves
 
 

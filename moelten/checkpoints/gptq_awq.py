@@ -19,7 +19,7 @@ from moelten.checkpoints.config import Recipe, Settings
 from moelten.checkpoints.projection import SCALE_NAMES, Projection
 from moelten.errors import CheckpointError, UnsupportedError
 from moelten.formats import Int4
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -29,7 +29,7 @@ from moelten.formats import (
     Scheme,
 )
 from moelten.packing import pack_words, to_offset_words
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 _STRATEGIES = {(None, None): "tensor", (1, None): "channel", (128, 128): "block"}
 
@@ -51,7 +51,7 @@ def write_projection(name: str, matrix: QTensor) -> dict[str, Tensor]:
     global scale that `quantize` makes; one from elsewhere may be no fp32 number's reciprocal and
     then reloads to the nearest that is.
 
-    >>> from moelten.quantize import quantize
+    >>> from moelten.qtensor import quantize
     >>> matrix = quantize(torch.ones(8, 32), Int4(32))
     >>> {k: list(v.shape) for k, v in write_projection("experts.0.up_proj", matrix).items()}
     ... # doctest: +NORMALIZE_WHITESPACE

@@ -18,7 +18,7 @@ from moelten.checkpoints.config import Recipe, Settings, matches_wildcard
 from moelten.checkpoints.projection import BYTES, E8M0, Projection
 from moelten.errors import UnsupportedError
 from moelten.formats import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, NVFP4, Format
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 _PACKED = ("weight_packed", "weight")
 

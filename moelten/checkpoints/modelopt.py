@@ -18,7 +18,7 @@ from moelten.checkpoints.config import Recipe, Settings, matches_wildcard, modul
 from moelten.checkpoints.projection import BYTES, FLOATS, SCALE_NAMES, Projection
 from moelten.errors import CheckpointError, UnsupportedError
 from moelten.formats import FP8_ROW, FP8_TENSOR, MXFP8, NVFP4, Int4
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 _TABLE: dict[str, Callable[[int], Recipe]] = {
     "NVFP4": lambda group: Recipe("modelopt nvfp4", "nvfp4", NVFP4()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from moelten.checkpoints.config import Recipe
 from moelten.checkpoints.projection import FLOATS, SCALE_NAMES, Projection
 from moelten.formats import Float
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 
 def plain(p: Projection, recipe: Recipe) -> QTensor:

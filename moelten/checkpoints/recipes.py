@@ -13,7 +13,7 @@ from moelten.checkpoints.config import Recipe, Settings
 from moelten.checkpoints.plain import plain
 from moelten.checkpoints.projection import Projection
 from moelten.errors import UnsupportedError
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 Decoder = Callable[[Projection, Recipe], QTensor]
 Method = Callable[[Settings, str, frozenset[str]], Recipe]

@@ -30,7 +30,7 @@ from moelten.checkpoints.recipes import DECODERS, find_recipe
 from moelten.checkpoints.shards import ShardWriter, nbytes, planned
 from moelten.errors import CheckpointError, FormatError, UnsupportedError
 from moelten.formats import BF16, MXFP8, Format
-from moelten.quantize import QTensor, dequantize, quantize
+from moelten.qtensor import QTensor, dequantize, quantize
 from moelten.weights import ExpertSpec, ExpertWeights
 
 __all__ = ["QuantizedCheckpoint", "quantization_config", "quantize_checkpoint", "write_projection"]

@@ -37,7 +37,7 @@ from moelten.formats import BF16, FP16, FP32, Scheme
 from moelten.kernels.cpu import RowsLayout
 from moelten.moe import fused_moe, pack
 from moelten.packed import PackedExperts
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec, ExpertWeights
 
@@ -195,9 +195,7 @@ def _pack(experts: Any) -> PackedExperts:
     fmt = spec.scheme.weights
     w13, w2 = (QTensor(parts[name].detach(), fmt) for name in ("w13.data", "w2.data"))
     extras: dict[str, Any] = {name: parts[name] for name in spec.extras}
-    packed = pack(ExpertWeights(w13, w2, spec.activation, spec.scheme.activations, **extras))
-    _ = packed.signature  # torch.compile cannot trace its first computation
-    return packed
+    return pack(ExpertWeights(w13, w2, spec.activation, spec.scheme.activations, **extras))
 
 
 def _state(parameter: Tensor) -> tuple[ref[Tensor], int, int]:

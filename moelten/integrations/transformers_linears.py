@@ -23,7 +23,7 @@ from moelten.checkpoints.config import Recipe, Settings, load_settings
 from moelten.checkpoints.projection import FLOATS, Projection
 from moelten.checkpoints.reader import SafetensorsFiles
 from moelten.checkpoints.recipes import DECODERS, find_recipe
-from moelten.quantize import dequantize
+from moelten.qtensor import dequantize
 
 # The tensor that holds a linear's codes, in the formats that moelten reads.
 _CODES = ("weight", "weight_packed", "qweight")

@@ -30,7 +30,7 @@ from moelten.integrations.transformers_linears import UNUSED, Decode, Linears
 from moelten.integrations.transformers_saving import stored_config, stored_tensors
 from moelten.moe import fused_moe, pack_stream
 from moelten.packed import PackedExperts
-from moelten.quantize import QTensor, dequantize, quantize
+from moelten.qtensor import QTensor, dequantize, quantize
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec, ExpertWeights, split_halves
 
@@ -98,7 +98,6 @@ class MoeltenExperts(nn.Module):
     def fill(self, packed: PackedExperts) -> None:
         """Take these experts, instead of any held before."""
         self.packed, self.spec = packed, packed.spec
-        _ = packed.signature  # torch.compile cannot trace its first computation
         self._buffers.clear()
         for name, part in packed.tensors.items():
             self.register_buffer(_buffer_name(name), part)

@@ -20,7 +20,7 @@ from moelten.checkpoints.writer import OUTSIDE_EXPERTS
 from moelten.errors import UnsupportedError
 from moelten.formats import MXFP4, Float
 from moelten.packed import PackedExperts
-from moelten.quantize import QTensor
+from moelten.qtensor import QTensor
 
 GPT_OSS = "gpt_oss"
 _GPT_OSS_CONFIG = {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moelten.errors import UnsupportedError
 from moelten.kernels.cpu import CpuBackend
+from moelten.kernels.x86_backend import X86Backend
 from moelten.packed import Layout, PackedExperts
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
@@ -39,7 +40,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(),)
+BACKENDS: tuple[Backend, ...] = (X86Backend(), CpuBackend())
 
 
 @dataclass(frozen=True)

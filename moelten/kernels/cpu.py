@@ -21,7 +21,7 @@ from moelten import casts, packing
 from moelten.formats import Float, Format, Int4
 from moelten.packed import PackedExperts
 from moelten.plan import Plan, make_plan
-from moelten.quantize import QTensor, decode_scale, round_activations
+from moelten.qtensor import QTensor, decode_scale, round_activations
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
 

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from moelten import reference
-from moelten.doctor import cpu_model, package_version
+from moelten.commands.doctor import cpu_model, package_version
 from moelten.errors import FormatError, UnsupportedError
 from moelten.formats import Float, Scheme
 from moelten.kernels import backend_of
 from moelten.moe import fused_moe, pack_stream
 from moelten.packed import PackedExperts
-from moelten.quantize import QTensor, dequantize, quantize
+from moelten.qtensor import QTensor, dequantize, quantize
 from moelten.routing import Routing, softmax_topk_renormalize
 from moelten.weights import ExpertSpec, ExpertWeights
 

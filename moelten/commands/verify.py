@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moelten.checkpoints import Checkpoint
-from moelten.definition import (
+from moelten.commands.definition import (
     Activation,
     ExpertMatrices,
     StoredExperts,
@@ -27,7 +27,7 @@ from moelten.definition import (
 from moelten.errors import CheckpointError
 from moelten.moe import fused_moe
 from moelten.packed import PackedExperts
-from moelten.quantize import dequantize, round_activations
+from moelten.qtensor import dequantize, round_activations
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec, ExpertWeights
 

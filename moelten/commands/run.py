@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from moelten.checkpoints import Checkpoint
-from moelten.definition import Decoder, StoredExperts
-from moelten.demo import DEMOS, make, quiet_transformers
+from moelten.commands.definition import Decoder, StoredExperts
+from moelten.commands.demo import DEMOS, make, quiet_transformers
+from moelten.commands.verify import OUTPUT_TOLERANCE, layer_error, sample
 from moelten.errors import FormatError, UnsupportedError
 from moelten.formats import Float
 from moelten.kernels import backend_of, select
 from moelten.moe import fused_moe
 from moelten.packed import PackedExperts
 from moelten.routing import topk_softmax
-from moelten.verify import OUTPUT_TOLERANCE, layer_error, sample
 from moelten.weights import ExpertSpec
 
 _CHECKED_TOKENS, _CHECKED_EXPERTS = 4, 8

@@ -75,7 +75,7 @@ def format_bytes(count: float) -> str:
 
 
 def print_run(records: list[dict[str, Any]]) -> None:
-    from moelten.verify import OUTPUT_TOLERANCE
+    from moelten.commands.verify import OUTPUT_TOLERANCE
 
     columns = ["source", "scheme", "backend", "rel. error", "us/layer", "packed", "bf16", "writer"]
     rows = [

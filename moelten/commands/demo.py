@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelten.definition import Decoder, Parts
-from moelten.doctor import require_extra
+from moelten.commands.definition import Decoder, Parts
+from moelten.commands.doctor import require_extra
 
 Encoder = Callable[[Tensor], Parts]
 
