@@ -33,12 +33,15 @@ _ITEMS_PER_THREAD = 8  # enough to even out experts of different load
 def unavailable() -> str | None:
     """None when this machine can run the kernels, else what is missing and what to do."""
     try:
-        isa = _jit().detect()
+        from llvmlite import binding
     except ImportError as error:
+        return f"needs llvmlite >= 0.45, which is not here ({error}); pip install 'moelten[cpu]'"
+    if binding.llvm_version_info < (20,):
+        found = ".".join(map(str, binding.llvm_version_info))
         return (
-            f"needs llvmlite >= 0.45, which is missing here ({error}); pip install 'moelten[cpu]'"
+            f"needs llvmlite >= 0.45 (LLVM 20), found LLVM {found}; pip install -U 'moelten[cpu]'"
         )
-    if isa is None:
+    if _jit().detect() is None:
         return (
             "needs an x86-64 CPU with AVX512-BF16 (Cooper Lake, Sapphire Rapids, Zen 4 or later), "
             "which this machine does not report; use the cpu backend"
