@@ -79,25 +79,18 @@ def small_plan_kernel(
 ):  # fmt: skip
     """Every pair compares itself with every other; SIZE squared comparisons in one program."""
     i = tl.arange(0, SIZE)
-    none = num_experts.to(tl.int64)
     local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
     valid = (i < size) & (local >= 0) & (local < num_experts)
-    local = tl.where(valid, local, none).to(tl.int32)
-    other_local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
-    other_valid = (i < size) & (other_local >= 0) & (other_local < num_experts)
-    other = tl.where(other_valid, other_local, none).to(tl.int32)
-    same = other[None, :] == local[:, None]
+    local = tl.where(valid, local, num_experts).to(tl.int32)
+    same = local[None, :] == local[:, None]
     earlier = i[None, :] < i[:, None]
+    below = local[None, :] < local[:, None]
     rank = tl.sum((same & earlier).to(tl.int32), axis=1)
     run = tl.sum(same.to(tl.int32), axis=1)
-    below = other[None, :] < local[:, None]
     position = tl.sum(below.to(tl.int32), axis=1) + rank
     tl.store(pairs_ptr + position, i, mask=valid)
     starts = valid & (rank % BLOCK == 0)
-    # The same flags along the other axis, computed there: a transpose would need scratch memory.
-    other_rank = tl.sum((same & (i[:, None] < i[None, :])).to(tl.int32), axis=0)
-    other_starts = other_valid & (other_rank % BLOCK == 0)
-    before = (below | (same & earlier)) & other_starts[None, :]
+    before = (below | (same & earlier)) & starts[None, :]
     tile = tl.sum(before.to(tl.int32), axis=1)
     tl.store(tiles_ptr + tile, local, mask=starts)
     tl.store(tiles_ptr + max_tiles + tile, position, mask=starts)
