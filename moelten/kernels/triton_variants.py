@@ -103,6 +103,9 @@ def make_variant(
         block_n, num_warps = 128, 8
     if target.backend == "hip":
         num_stages = 2
+    if target.backend == "interpreter":
+        # Its cost is the number of operations, whatever their size.
+        block_n = 128
     return Variant(
         *sides, operand, target.native_fp8, precision, block_n, block_k, num_warps, num_stages
     )
