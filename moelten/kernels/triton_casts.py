@@ -78,15 +78,20 @@ def encode_e4m3(x):
 
 
 @triton.jit
-def decode_e4m3(codes, NATIVE: tl.constexpr):
-    """e4m3 codes (uint8) to fp32."""
+def decode_e4m3(codes, NATIVE: tl.constexpr, DTYPE: tl.constexpr = tl.float32):
+    """e4m3 codes (uint8) to fp32, bf16 or fp16, all exact."""
     if NATIVE:
-        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        return codes.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     else:
         wide = codes.to(tl.int16)
+        # An fp16 number with the same exponent bits, off by 2**8.
         bits = ((wide & 0x7F) << 7) | ((wide & 0x80) << 8)
-        value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-        return tl.where((wide & 0x7F) == 0x7F, nan_like(value), value)
+        half = bits.to(tl.float16, bitcast=True)
+        if DTYPE == tl.float16:
+            value = half * tl.full((1, 1), 256.0, tl.float16)
+        else:
+            value = half.to(tl.float32) * 256.0
+        return tl.where((wide & 0x7F) == 0x7F, float("nan"), value).to(DTYPE)
 
 
 @triton.jit
@@ -101,12 +106,21 @@ def encode_e2m1(x):
 
 
 @triton.jit
-def decode_e2m1(codes):
-    """e2m1 codes (0..15, any integer type) to fp32."""
+def decode_e2m1(codes, DTYPE: tl.constexpr = tl.float32):
+    """e2m1 codes (0..15, any integer type) to fp32, bf16 or fp16, all exact."""
     wide = codes.to(tl.int16)
-    # The three low bits are an fp16 number's top exponent bits and first mantissa bit, off by 2**14.
-    bits = ((wide & 7) << 9) | ((wide & 8) << 12)
-    return bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
+    # The three low bits are a number's last exponent bits and its first mantissa bit; the product
+    # mends the exponent. bf16 has fp32's exponents, but fp32 hardware may flush the subnormals.
+    if DTYPE == tl.bfloat16:
+        bits = ((wide & 7) << 6) | ((wide & 8) << 12)
+        return bits.to(tl.bfloat16, bitcast=True) * tl.full((1, 1), 2.0**126, tl.bfloat16)
+    else:
+        bits = ((wide & 7) << 9) | ((wide & 8) << 12)
+        half = bits.to(tl.float16, bitcast=True)
+        if DTYPE == tl.float16:
+            return half * tl.full((1, 1), 16384.0, tl.float16)
+        else:
+            return half.to(tl.float32) * 16384.0
 
 
 @triton.jit

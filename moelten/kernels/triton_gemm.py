@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelten.formats import Format
 from moelten.kernels.triton_casts import (
     INTERPRET,
     decode_e2m1,
@@ -29,7 +30,6 @@ from moelten.kernels.triton_casts import (
 from moelten.kernels.triton_ops import Rows, TilePlan
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.quantize import QTensor
-from moelten.formats import Format
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def grouped_gemm(
     alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
     launch = {} if INTERPRET else {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     gemm_kernel[(plan.max_tiles * tiles_n,)](
-        matrix_bytes(matrix.data), matrix_bytes(matrix.scale), matrix.zero, matrix.global_scale,
-        rows.data, rows.scale, rows.global_scale,
+        as_items(matrix.data, matrix.format.packed), as_items(matrix.scale),
+        matrix.zero, matrix.global_scale,
+        as_items(rows.data, activation_format.packed), rows.scale, rows.global_scale,
         plan.pairs, plan.tiles, plan.count, plan.max_tiles,
         epilogue.bias, table, epilogue.post_scale,
         None if epilogue.router is None else epilogue.router.contiguous(), out,
@@ -87,10 +88,12 @@ def grouped_gemm(
     )  # fmt: skip
 
 
-def matrix_bytes(part: Tensor | None) -> Tensor | None:
-    """float8 as uint8: kernels decode bytes themselves, and old GPUs have no such type."""
+def as_items(part: Tensor | None, packed: bool = False) -> Tensor | None:
+    """A part as kernels load it: float8 as bytes, which they decode, and 4-bit codes as words."""
     if part is not None and part.dtype == torch.float8_e4m3fn:
         return part.view(torch.uint8)
+    if part is not None and packed and part.shape[-1] % 4 == 0:
+        return part.view(torch.int32)
     return part
 
 
@@ -110,6 +113,14 @@ def constants(variant: Variant) -> dict[str, object]:
     }  # fmt: skip
 
 
+@triton.constexpr_function
+def _per_item(codes, columns):
+    """Codes in one stored item: 4-bit ones come as 32-bit words where rows divide into them."""
+    if codes in ("int4", "e2m1"):
+        return 8 if columns % 8 == 0 else 2
+    return 1
+
+
 @triton.jit
 def _operand(
     codes_ptr, row, inside, scale_ptr, scale_row, zero, start,
@@ -121,39 +132,57 @@ def _operand(
 
     row, scale_row: int64 [ROWS], each row's first code and scale; zero: [ROWS] or None.
     """
-    if CODES == "int4" or CODES == "e2m1":
-        k = start // 2 + tl.arange(0, BLOCK_K // 2)
-        mask = inside[:, None] & (k < K // 2)[None, :]
-        pairs = tl.load(codes_ptr + row[:, None] + k[None, :], mask=mask, other=0)
-        codes = tl.interleave(pairs & 0xF, pairs >> 4)
-    else:
-        k = start + tl.arange(0, BLOCK_K)
-        mask = inside[:, None] & (k < K)[None, :]
-        codes = tl.load(codes_ptr + row[:, None] + k[None, :], mask=mask, other=0)
-    if CODES == "int4":
-        codes = (codes ^ 8).to(tl.int8) - 8
-        if zero is not None:
-            codes = codes - zero[:, None]
+    PER_ITEM: tl.constexpr = _per_item(CODES, K)
+    k = start // PER_ITEM + tl.arange(0, BLOCK_K // PER_ITEM)
+    mask = inside[:, None] & (k < K // PER_ITEM)[None, :]
+    codes = tl.load(codes_ptr + row[:, None] + k[None, :], mask=mask, other=0)
+    if PER_ITEM > 1:
+        shifts = tl.arange(0, PER_ITEM)[None, None, :] * 4
+        codes = (codes.to(tl.int32)[:, :, None] >> shifts) & 0xF
+        codes = tl.reshape(codes, (ROWS, BLOCK_K))
     if CODES == "float" or (CODES == "int8" and OPERAND == tl.int8):
         return codes
-    elif OPERAND == tl.int8:
-        return codes.to(tl.int8)
+    elif CODES == "int4":
+        return _from_int4(codes, zero, OPERAND)
     elif CODES == "e4m3" and OPERAND == tl.float8e4nv:
         return codes.to(tl.float8e4nv, bitcast=True)
+    elif CODES == "int8":
+        return round_to(codes.to(tl.float32), OPERAND)
     else:
-        if CODES == "e4m3":
-            values = decode_e4m3(codes, NATIVE)
-        elif CODES == "e2m1":
-            values = decode_e2m1(codes)
-        else:
-            values = codes.to(tl.float32)
+        # bf16 arithmetic is exact here, and the interpreter's is not arithmetic.
+        narrow: tl.constexpr = not INTERPRET and OPERAND != tl.float32
+        TYPE: tl.constexpr = OPERAND if narrow else tl.float32
+        values = decode_e4m3(codes, NATIVE, TYPE) if CODES == "e4m3" else decode_e2m1(codes, TYPE)
         if MODE == "fold":
             g = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
             known = inside[:, None] & (g < (K + GROUP - 1) // GROUP)[None, :]
             scale = load_scale(scale_ptr + scale_row[:, None] + g[None, :], known, SCALE, NATIVE)
-            values = tl.reshape(values, (ROWS, BLOCK_K // GROUP, GROUP)) * scale[:, :, None]
-            values = tl.reshape(values, (ROWS, BLOCK_K))
+            values = tl.reshape(values, (ROWS, BLOCK_K // GROUP, GROUP))
+            values = tl.reshape(values * scale.to(TYPE)[:, :, None], (ROWS, BLOCK_K))
         return round_to(values, OPERAND)
+
+
+@triton.jit
+def _from_int4(codes, zero, OPERAND: tl.constexpr):
+    """codes 0..15 (two's complement nibbles) less their rows' zero points."""
+    offset = codes ^ 8
+    if not INTERPRET and (OPERAND == tl.bfloat16 or OPERAND == tl.float16):
+        # The low bits of 128 in bf16, or of 1024 in fp16, count units.
+        ONE: tl.constexpr = 0x4300 if OPERAND == tl.bfloat16 else 0x6400
+        BASE: tl.constexpr = 136.0 if OPERAND == tl.bfloat16 else 1032.0
+        values = (offset | ONE).to(tl.int16).to(OPERAND, bitcast=True)
+        base = tl.full((1,), BASE, tl.float32)
+        if zero is not None:
+            base = base + zero.to(tl.float32)
+        return values - base.to(OPERAND)[:, None]
+    else:
+        values = offset - 8
+        if zero is not None:
+            values = values - zero.to(tl.int32)[:, None]
+        if OPERAND == tl.int8:
+            return values.to(tl.int8)
+        else:
+            return round_to(values.to(tl.float32), OPERAND)
 
 
 @triton.jit
@@ -260,19 +289,19 @@ def gemm_kernel(
     n = (program % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside_n = n < N
 
-    PER_BYTE_W: tl.constexpr = 2 if W_CODES == "int4" or W_CODES == "e2m1" else 1
-    PER_BYTE_A: tl.constexpr = 2 if A_CODES == "e2m1" else 1
+    ITEMS_W: tl.constexpr = K // _per_item(W_CODES, K)
+    ITEMS_A: tl.constexpr = K // _per_item(A_CODES, K)
     matrix = expert * HALVES
-    w_row = (matrix * N + n) * (K // PER_BYTE_W)
+    w_row = (matrix * N + n) * ITEMS_W
     # Scale rows: one per row, per block of rows, or (0) one for the whole matrix.
     SCALE_ROWS: tl.constexpr = 1 if W_ROWS == 0 else (N + W_ROWS - 1) // W_ROWS
     SCALE_COLUMNS: tl.constexpr = (K + W_GROUP - 1) // W_GROUP
     scale_at = n * 0 if W_ROWS == 0 else n // W_ROWS
     w_scale_row = (matrix * SCALE_ROWS + scale_at) * SCALE_COLUMNS
-    HALF: tl.constexpr = N * (K // PER_BYTE_W)
+    HALF: tl.constexpr = N * ITEMS_W
     SCALE_HALF: tl.constexpr = SCALE_ROWS * SCALE_COLUMNS
     source = pair // rows_per_source
-    a_row = source * (K // PER_BYTE_A)
+    a_row = source * ITEMS_A
     a_scale_row = source * ((K + A_GROUP - 1) // A_GROUP)
 
     INTEGER: tl.constexpr = OPERAND == tl.int8 and W_MODE != "group" and A_MODE != "group"
