@@ -382,7 +382,8 @@ def test_rows_do_not_touch_each_other(name):
         dirty[::4] = poison
         out = run(weights, dirty, routing)
         assert torch.equal(out[keep], clean[keep])
-        assert out[~keep].isnan().all()
+        # NVFP4 saturates an infinity, other formats make it NaN.
+        assert torch.equal(out.isnan(), reference.moe(dirty, weights, routing).isnan())
 
 
 def test_one_nan_makes_its_row_nan():

@@ -106,21 +106,12 @@ def encode_e2m1(x):
 
 
 @triton.jit
-def decode_e2m1(codes, DTYPE: tl.constexpr = tl.float32):
-    """e2m1 codes (0..15, any integer type) to fp32, bf16 or fp16, all exact."""
+def decode_e2m1(codes):
+    """e2m1 codes (0..15, any integer type) to fp32."""
     wide = codes.to(tl.int16)
-    # The three low bits are a number's last exponent bits and its first mantissa bit; the product
-    # mends the exponent. bf16 has fp32's exponents, but fp32 hardware may flush the subnormals.
-    if DTYPE == tl.bfloat16:
-        bits = ((wide & 7) << 6) | ((wide & 8) << 12)
-        return bits.to(tl.bfloat16, bitcast=True) * tl.full((1, 1), 2.0**126, tl.bfloat16)
-    else:
-        bits = ((wide & 7) << 9) | ((wide & 8) << 12)
-        half = bits.to(tl.float16, bitcast=True)
-        if DTYPE == tl.float16:
-            return half * tl.full((1, 1), 16384.0, tl.float16)
-        else:
-            return half.to(tl.float32) * 16384.0
+    # The three low bits are an fp16 number's last exponent bits and first mantissa bit.
+    bits = ((wide & 7) << 9) | ((wide & 8) << 12)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384.0
 
 
 @triton.jit
