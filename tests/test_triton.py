@@ -24,7 +24,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 import moelten  # noqa: E402
-from moelten import casts, kernels, reference  # noqa: E402
+from moelten import casts, kernels, packing, reference  # noqa: E402
 from moelten.formats import (  # noqa: E402
     BF16,
     FP8_GROUP,
@@ -49,6 +49,7 @@ from moelten.kernels.triton_casts import (  # noqa: E402
     round_to,
     widen,
 )
+from moelten.kernels.triton_gemm import _pair_of_e2m1, _pair_of_int4
 from moelten.plan import make_plan  # noqa: E402
 from moelten.quantize import QTensor, quantize  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
@@ -164,6 +165,29 @@ def test_dot(dtype):
     assert torch.equal(out.cpu().double(), wanted)
 
 
+@triton.jit
+def pairs_kernel(bytes_ptr, zero_ptr, int4_ptr, e2m1_ptr, TYPE: tl.constexpr):
+    row, column = tl.arange(0, 16), tl.arange(0, 16)
+    codes = tl.load(bytes_ptr + row[:, None] * 16 + column[None, :])
+    at = row[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(int4_ptr + at, _pair_of_int4(codes, tl.load(zero_ptr + row), TYPE).to(tl.float32))
+    tl.store(e2m1_ptr + at, _pair_of_e2m1(codes, TYPE).to(tl.float32))
+
+
+@pytest.mark.parametrize("dtype", ["fp16"] if INTERPRET else ["fp16", "bf16"])
+def test_both_nibbles_of_every_byte(dtype):
+    """The decoders of 16-bit operands, which only GPUs use; the interpreter has no bf16 product."""
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    zero = torch.arange(-8, 8, dtype=torch.int8)
+    nibbles = packing.unpack_nibbles(codes)
+    wanted = packing.sign_extend(nibbles).float() - zero[:, None], casts.decode_e2m1(nibbles)
+    found = tuple(torch.empty(16, 32, device=DEVICE) for _ in wanted)
+    kind = tl.float16 if dtype == "fp16" else tl.bfloat16
+    pairs_kernel[(1,)](codes.to(DEVICE), zero.to(DEVICE), *found, kind)
+    for got, want in zip(found, wanted, strict=True):
+        assert torch.equal(got.cpu(), want)
+
+
 # Stages, bit for bit.
 
 
@@ -224,7 +248,15 @@ def test_quantized_pairs_are_bit_exact(fmt):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
     "size, experts, block",
-    [(1, 1, 16), (9, 5, 16), (40, 3, 16), (128, 300, 16), (129, 2, 16), (300, 7, 16), (5000, 11, 64)],
+    [
+        (1, 1, 16),
+        (9, 5, 16),
+        (40, 3, 16),
+        (128, 300, 16),
+        (129, 2, 16),
+        (300, 7, 16),
+        (5000, 11, 64),
+    ],
 )
 def test_plan(size, experts, block, dtype):
     """The same order as the CPU's plan, whatever the ids; tiles cover it and no more."""
@@ -348,10 +380,12 @@ def test_bad_ids_contribute_exactly_zero(name, dtype, first):
 
 def test_all_ids_bad():
     case = tiny("mxfp4_bf16")
-    x, routing = make_input(case)
+    x, _ = make_input(case)
     for tokens in (5, 130):
         many = x[:1].expand(tokens, -1).contiguous()
-        out = run(make_weights(case), many, Routing(torch.full((tokens, 1), 9), torch.ones(tokens, 1)))
+        out = run(
+            make_weights(case), many, Routing(torch.full((tokens, 1), 9), torch.ones(tokens, 1))
+        )
         assert (out == 0).all()
 
 

@@ -1,8 +1,8 @@
 """The portable GPU backend: plain Triton over canonical rows, for every scheme.
 
-NVIDIA from Ampere on and AMD CDNA run it; with TRITON_INTERPRET=1 so does a CPU, far too slowly for
-anything but tests. A layer is at most seven launches, whose grids follow from T and k alone: nothing
-waits for the device, so a CUDA graph captures it. Triton is imported when a layer runs, not before.
+NVIDIA from Ampere on and AMD CDNA run it; with TRITON_INTERPRET=1 so does a CPU, far too slowly
+for anything but tests. A layer is at most seven launches, whose grids follow from T and k alone:
+nothing waits for the device, so a CUDA graph captures it. Triton is imported when a layer runs.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class TritonBackend:
         elif device.type == "cuda" and torch.version.hip is None:
             major, minor = torch.cuda.get_device_capability(device)
             if major < 8:
-                reasons.append(f"needs compute capability 8.0 or more, {device} has {major}.{minor}")
+                reasons.append(
+                    f"needs compute capability 8.0 or more, {device} has {major}.{minor}"
+                )
         elif device.type not in ("cpu", "cuda"):
             reasons.append(f"runs on cuda, the experts are for {device.type}")
         if find_spec("triton") is None:

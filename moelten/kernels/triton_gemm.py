@@ -58,7 +58,7 @@ def grouped_gemm(
     out: Tensor,
     *,
     rows_per_source: int = 1,
-    epilogue: Epilogue = Epilogue(),  # noqa: B008
+    epilogue: Epilogue = Epilogue(),
     target: Target,
 ) -> None:
     """Write out[p] for every valid pair p, from row p // rows_per_source of `rows`.

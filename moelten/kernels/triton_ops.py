@@ -55,7 +55,9 @@ def make_tile_plan(ids: Tensor, num_experts: int, first_expert: int, block: int)
     """Plan ids [T, k] (int32 or int64) on their device: one launch up to 128 pairs, else two."""
     size = ids.numel()
     max_tiles = min(size, size // block + num_experts)
-    space = torch.empty(size + 3 * max_tiles + 1 + num_experts, dtype=torch.int32, device=ids.device)
+    space = torch.empty(
+        size + 3 * max_tiles + 1 + num_experts, dtype=torch.int32, device=ids.device
+    )
     pairs, tiles, count, counts = space.split([size, 3 * max_tiles, 1, num_experts])
     plan = TilePlan(pairs, tiles.view(3, max_tiles), count, block)
     ids = ids.contiguous()
@@ -233,7 +235,9 @@ def quantize_kernel(
     if pre_ptr is not None:
         x = x * tl.load(pre_ptr + expert * columns + k, mask=inside, other=0.0)
     if KIND == "float":
-        tl.store(codes_ptr + row * columns + k, round_to(x, codes_ptr.dtype.element_ty), mask=inside)
+        tl.store(
+            codes_ptr + row * columns + k, round_to(x, codes_ptr.dtype.element_ty), mask=inside
+        )
     else:
         group_count = (columns + GROUP - 1) // GROUP
         amax = tl.max(abs_bits(x), axis=1).to(tl.float32, bitcast=True)
@@ -292,9 +296,7 @@ def _quantize_nvfp4(
     tl.store(codes_ptr + k, (low | (high << 4)).to(tl.uint8), mask=k < columns // 2)
 
 
-def combine(
-    y: Tensor, ids: Tensor, num_experts: int, first_expert: int, out: Tensor
-) -> None:
+def combine(y: Tensor, ids: Tensor, num_experts: int, first_expert: int, out: Tensor) -> None:
     """out[t] = sum of the valid rows of y [T*k, H], in slot order, in fp32, rounded once."""
     tokens, top_k = ids.shape
     width = out.shape[1]
@@ -319,4 +321,6 @@ def combine_kernel(
         local = tl.load(ids_ptr + row).to(tl.int64) - first_expert
         valid = (local >= 0) & (local < num_experts)
         total += tl.load(y_ptr + row * width + column, mask=inside & valid, other=0.0)
-    tl.store(out_ptr + token * width + column, round_to(total, out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        out_ptr + token * width + column, round_to(total, out_ptr.dtype.element_ty), mask=inside
+    )
