@@ -49,7 +49,7 @@ from moelten.kernels.triton_casts import (  # noqa: E402
     round_to,
     widen,
 )
-from moelten.kernels.triton_gemm import _pair_of_e2m1, _pair_of_int4
+from moelten.kernels.triton_gemm import _pair_of_e2m1, _pair_of_int4  # noqa: E402
 from moelten.plan import make_plan  # noqa: E402
 from moelten.quantize import QTensor, quantize  # noqa: E402
 from moelten.routing import Routing  # noqa: E402

@@ -25,6 +25,8 @@ from moelten.formats import MXFP8, NVFP4, Float, Int4, Scheme, scheme
 from moelten.kernels.triton_gemm import constants, gemm_kernel
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 
+# Triton 3.6 has no int8 form of Blackwell's own instruction.
+BLACKWELL = r"tcgen05\.mma|mma\.sync\S*\.s8"
 TARGETS = {
     "sm_80": (Target("cuda", 80), GPUTarget("cuda", 80, 32), "ptx", r"mma\.sync"),
     "sm_90a": (Target("cuda", 90), GPUTarget("cuda", 90, 32), "ptx", r"wgmma\.mma_async"),

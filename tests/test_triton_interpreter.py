@@ -1,4 +1,4 @@
-"""Runs test_triton.py in Triton's interpreter, in a process of its own: see there."""
+"""Runs test_triton.py and test_triton_routing.py in Triton's interpreter, in a process of its own: see there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pytest
 
 def test_the_contract_in_the_interpreter():
     pytest.importorskip("triton")
-    suite = Path(__file__).with_name("test_triton.py")
+    suites = [
+        str(Path(__file__).with_name(n)) for n in ("test_triton.py", "test_triton_routing.py")
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(suite)],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *suites],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
