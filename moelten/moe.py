@@ -90,12 +90,15 @@ def fused_moe(
     torch.Size([3, 32])
     """
     _check_input(x, experts, routing)
-    reader = kernels.backend_of(experts.layout.name)
-    if backend is not None and backend != reader.name:
+    signature = experts.signature
+    if backend is not None:
         reader = kernels.select(experts.spec, x.device, backend)
+        signature += f"\n{backend}"
+    else:
+        reader = kernels.backend_of(experts.layout.name, x.device)
     experts.require(reader.layout)
     tensors = list(experts.tensors.values())
-    arguments = (x, routing.ids, routing.weights, routing.on_input, tensors, experts.signature)
+    arguments = (x, routing.ids, routing.weights, routing.on_input, tensors, signature)
     if out is None:
         return cast(Tensor, torch.ops.moelten.fused_moe(*arguments))
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
@@ -181,9 +184,12 @@ def _describe(tensor: Tensor) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _decode_signature(signature: str) -> tuple[ExpertSpec, Any, tuple[str, ...]]:
-    layout, names, spec = signature.split("\n")
-    return decode_spec(spec), kernels.backend_of(layout), tuple(names.split(","))
+def _decode_signature(
+    signature: str, device: torch.device
+) -> tuple[ExpertSpec, Any, tuple[str, ...]]:
+    """The spec, the backend (the signature may end with its name) and the names of the tensors."""
+    layout, names, spec, *named = signature.split("\n")
+    return decode_spec(spec), kernels.backend_of(layout, device, *named), tuple(names.split(","))
 
 
 def _run(
@@ -197,7 +203,7 @@ def _run(
 ) -> None:
     if x.shape[0] == 0:
         return
-    spec, backend, names = _decode_signature(signature)
+    spec, backend, names = _decode_signature(signature, x.device)
     parts = dict(zip(names, tensors, strict=True))
     experts = PackedExperts(spec, backend.layout, parts, backend.layout.version)
     backend.run(x, experts, Routing(ids, weights, on_input), out)

@@ -270,11 +270,17 @@ def _block_amax(x: Tensor, block: Block) -> Tensor:
     return padded.view(*batch, rows // high, high, columns // wide, wide).amax((-3, -1))
 
 
+def _divide(x: Tensor, number: float) -> Tensor:
+    """x / number, rounded once on every device."""
+    # NOTE: CUDA divides by a Python scalar by multiplying with its reciprocal: two roundings.
+    return x / torch.full_like(x, number)
+
+
 def _dynamic_scale(amax: Tensor, fmt: Format) -> Tensor:
     assert fmt.scale_dtype is not None
     if fmt.scale_dtype == torch.uint8:
-        return casts.encode_e8m0(amax / fmt.max_code)
-    scale = (amax / fmt.max_code).to(fmt.scale_dtype)
+        return casts.encode_e8m0(_divide(amax, fmt.max_code))
+    scale = _divide(amax, fmt.max_code).to(fmt.scale_dtype)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
@@ -294,7 +300,7 @@ def _quantize_int4_zero(x: Tensor, fmt: Int4) -> QTensor:
     group = fmt.group_size or x.shape[-1]
     groups = x.view(*x.shape[:-1], -1, group)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scale = ((high - low) / 15).to(fmt.scale_dtype)
+    scale = _divide(high - low, 15.0).to(fmt.scale_dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     zero = casts.encode_int((-low / scale.float()).round() - 8, -8, 7)
     codes = (groups / scale.float()[..., None]).round() + zero[..., None]

@@ -31,7 +31,7 @@ def moe(
     """
     spec = weights.spec
     tokens, top_k = routing.ids.shape
-    pairs = torch.zeros(tokens, top_k, spec.hidden_size, dtype=dtype)
+    pairs = torch.zeros(tokens, top_k, spec.hidden_size, dtype=dtype, device=x.device)
     for expert in range(spec.num_experts):
         token, at = (routing.ids == spec.first_expert + expert).nonzero(as_tuple=True)
         if token.numel() == 0:
@@ -42,7 +42,7 @@ def moe(
         else:
             y = expert_mlp(x[token].float(), weights, expert, dtype) * router.to(dtype)
         pairs[token, at] = y
-    out = torch.zeros(tokens, spec.hidden_size, dtype=dtype)
+    out = torch.zeros(tokens, spec.hidden_size, dtype=dtype, device=x.device)
     for slot in range(top_k):
         out += pairs[:, slot]
     return out
@@ -70,7 +70,7 @@ def expert_mlp(
     if (bias := extra("w13_bias")) is not None:
         h = h + bias.flatten()
     h = h.view(x.shape[0], *weights.w13.shape[1:3])
-    ids = torch.full((x.shape[0],), expert)
+    ids = torch.full((x.shape[0],), expert, device=x.device)
     hidden = weights.activation(h, ids)
     b = rounded(hidden, extra("w2_pre_scale"), extra("w2_input_scale"))
     y = b @ w2.T

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moelten.kernels import x86
+from moelten.kernels import x86_gemm
 
 pytestmark = pytest.mark.skipif(
-    x86.unavailable() is not None, reason=f"x86 kernels: {x86.unavailable()}"
+    x86_gemm.unavailable() is not None, reason=f"x86 kernels: {x86_gemm.unavailable()}"
 )
 
 INT4 = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1]).bfloat16()
@@ -24,7 +24,7 @@ TOLERANCE = 1e-6
 
 
 def isas() -> list[str]:
-    if x86.unavailable() is not None:
+    if x86_gemm.unavailable() is not None:
         return []
     from moelten.kernels import x86_jit
 
@@ -45,8 +45,8 @@ class Weights:
 
     def __post_init__(self) -> None:
         raw = self.codes[..., 0::2] | self.codes[..., 1::2] << 4
-        self.packed = torch.stack([x86.pack_codes(matrix) for matrix in raw])
-        self.packed_scale = torch.stack([x86.pack_scale(matrix) for matrix in self.scale])
+        self.packed = torch.stack([x86_gemm.pack_codes(matrix) for matrix in raw])
+        self.packed_scale = torch.stack([x86_gemm.pack_scale(matrix) for matrix in self.scale])
 
     def dequantized(self) -> Tensor:
         scale = self.scale.double()
@@ -59,7 +59,7 @@ class Weights:
         rows = self.codes.shape[1]
         out = torch.full((x.shape[0], rows), torch.nan)
         offsets = torch.tensor([0, *np.cumsum(counts)])
-        x86.grouped_gemm(
+        x86_gemm.grouped_gemm(
             x,
             offsets,
             experts,
@@ -123,7 +123,7 @@ def emulated_words(codes: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("columns", [32, 80, 96, 704])
 def test_codes_land_where_the_layout_says(rows: int, columns: int) -> None:
     codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
-    packed = x86.pack_codes(codes[:, 0::2] | codes[:, 1::2] << 4)
+    packed = x86_gemm.pack_codes(codes[:, 0::2] | codes[:, 1::2] << 4)
     expected = emulated_words(codes.numpy())
     assert packed.shape == (*expected.shape[:2], 256) and packed.is_contiguous()
     assert np.array_equal(packed.numpy(), expected.reshape(*packed.shape[:2], 128).view(np.uint8))
@@ -133,20 +133,20 @@ def test_codes_land_where_the_layout_says(rows: int, columns: int) -> None:
 @pytest.mark.parametrize("columns", [32, 80, 96, 704, 2880])
 def test_packing_inverts_bit_for_bit(rows: int, columns: int) -> None:
     data = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
-    assert torch.equal(x86.unpack_codes(x86.pack_codes(data), rows, columns), data)
+    assert torch.equal(x86_gemm.unpack_codes(x86_gemm.pack_codes(data), rows, columns), data)
     bits = torch.randint(-(2**15), 2**15, (rows, -(-columns // 32)), dtype=torch.int16)
     for groups in (bits.shape[1], 1):
         for dtype in (torch.bfloat16, torch.float16, torch.int16):
             scale = bits[:, :groups].contiguous().view(dtype)
-            packed = x86.pack_scale(scale)
+            packed = x86_gemm.pack_scale(scale)
             assert packed.shape == (-(-rows // 16), groups, 16)
-            back = x86.unpack_scale(packed, rows)
+            back = x86_gemm.unpack_scale(packed, rows)
             assert torch.equal(back.view(torch.int16), scale.view(torch.int16))
 
 
 def test_scales_land_where_the_layout_says() -> None:
     scale = torch.randn(40, 3)
-    packed = x86.pack_scale(scale)
+    packed = x86_gemm.pack_scale(scale)
     row = torch.arange(40)
     assert torch.equal(packed[row // 16, :, row % 16], scale)
     assert not packed[2, :, 8:].any()

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from moelten.errors import UnsupportedError
 from moelten.kernels.cpu import CpuBackend
-from moelten.kernels.x86_backend import X86Backend
+from moelten.kernels.triton import TritonBackend
+from moelten.kernels.x86 import X86Backend
 from moelten.packed import Layout, PackedExperts
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
@@ -31,6 +32,11 @@ class Backend(Protocol):
     @property
     def layout(self) -> Layout: ...
 
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The torch device types it knows, whatever this machine has."""
+        ...
+
     def refusals(self, spec: ExpertSpec, device: torch.device) -> list[str]:
         """Every reason why this backend cannot run `spec` on `device` here; empty if it can."""
         ...
@@ -40,7 +46,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: tuple[Backend, ...] = (X86Backend(), CpuBackend())
+BACKENDS: tuple[Backend, ...] = (X86Backend(), CpuBackend(), TritonBackend())
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,14 @@ def select(spec: ExpertSpec, device: torch.device, name: str | None = None) -> B
     raise UnsupportedError(f"no backend runs {spec.scheme.name} on {device} ({answers})")
 
 
-def backend_of(layout: str) -> Backend:
-    """The backend that reads a layout."""
-    for backend in BACKENDS:
-        if backend.layout.name == layout:
+def backend_of(layout: str, device: torch.device, name: str | None = None) -> Backend:
+    """The first backend that reads a layout on a kind of device, or the reader called `name`.
+
+    Backends may share a layout: the same packed rows serve a CPU and a GPU.
+    """
+    readers = [b for b in BACKENDS if b.layout.name == layout and name in (None, b.name)]
+    for backend in readers:
+        if device.type in backend.devices:
             return backend
-    raise UnsupportedError(f"no backend reads the layout {layout!r}")
+    what = f"the layout {layout!r} on {device.type}"
+    raise UnsupportedError(f"no backend reads {what}; readers: {[b.name for b in readers]}")

@@ -51,6 +51,7 @@ class RowsLayout:
 class CpuBackend:
     name = "cpu"
     layout = RowsLayout()
+    devices = ("cpu",)
 
     def refusals(self, spec: ExpertSpec, device: torch.device) -> list[str]:
         return [] if device.type == "cpu" else [f"runs on cpu, the experts are for {device.type}"]

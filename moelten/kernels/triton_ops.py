@@ -1,0 +1,326 @@
+"""The stages around the GEMMs, in Triton: plan, quantization of activations, combine.
+
+Rows live in pair space: row token * k + slot belongs to that (token, slot), valid or not, so sizes
+follow from T and k alone and nothing waits for the device. The plan only orders the valid pairs by
+expert and cuts each expert's run into tiles; a pair whose id is out of range appears in no tile, is
+never read and adds nothing. Quantized rows are bit for bit those of `moelten.qtensor`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moelten.formats import FP8, MXFP8, NVFP4, Float, Format, Int8
+from moelten.kernels.triton_casts import (
+    abs_bits,
+    decode_e4m3,
+    decode_e8m0,
+    encode_e2m1,
+    encode_e4m3,
+    encode_e8m0,
+    encode_int8,
+    round_to,
+    widen,
+)
+
+_SMALL_PLAN = 128
+_SCAN = 2048
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Valid pairs sorted by expert, cut into tiles of up to `block` pairs of one expert.
+
+    pairs:  int32 [P]; the sorted pairs, the rest undefined
+    tiles:  int32 [3, max_tiles]: local expert, first position and last position + 1 of each tile
+    count:  int32 [1]: how many tiles there are
+    """
+
+    pairs: Tensor
+    tiles: Tensor
+    count: Tensor
+    block: int
+
+    @property
+    def max_tiles(self) -> int:
+        return self.tiles.shape[1]
+
+
+def make_tile_plan(ids: Tensor, num_experts: int, first_expert: int, block: int) -> TilePlan:
+    """Plan ids [T, k] (int32 or int64) on their device: one launch up to 128 pairs, else two."""
+    size = ids.numel()
+    max_tiles = min(size, size // block + num_experts)
+    space = torch.empty(
+        size + 3 * max_tiles + 1 + num_experts, dtype=torch.int32, device=ids.device
+    )
+    pairs, tiles, count, counts = space.split([size, 3 * max_tiles, 1, num_experts])
+    plan = TilePlan(pairs, tiles.view(3, max_tiles), count, block)
+    ids = ids.contiguous()
+    sizes = (size, num_experts, first_expert, max_tiles)
+    if size <= _SMALL_PLAN:
+        pad = max(triton.next_power_of_2(size), 16)
+        small_plan_kernel[(1,)](ids, pairs, tiles, count, *sizes, BLOCK=block, SIZE=pad)
+        return plan
+    count_kernel[(num_experts,)](ids, counts, size, first_expert, SCAN=_SCAN)
+    experts = triton.next_power_of_2(num_experts)
+    place_kernel[(num_experts,)](
+        ids, counts, pairs, tiles, count, *sizes, BLOCK=block, EXPERTS=experts, SCAN=_SCAN
+    )
+    return plan
+
+
+@triton.jit
+def small_plan_kernel(
+    ids_ptr, pairs_ptr, tiles_ptr, count_ptr, size, num_experts, first_expert, max_tiles,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Every pair compares itself with every other; SIZE squared comparisons in one program."""
+    i = tl.arange(0, SIZE)
+    local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
+    valid = (i < size) & (local >= 0) & (local < num_experts)
+    local = tl.where(valid, local, num_experts).to(tl.int32)
+    same = local[None, :] == local[:, None]
+    earlier = i[None, :] < i[:, None]
+    below = local[None, :] < local[:, None]
+    rank = tl.sum((same & earlier).to(tl.int32), axis=1)
+    run = tl.sum(same.to(tl.int32), axis=1)
+    position = tl.sum(below.to(tl.int32), axis=1) + rank
+    tl.store(pairs_ptr + position, i, mask=valid)
+    starts = valid & (rank % BLOCK == 0)
+    before = (below | (same & earlier)) & starts[None, :]
+    tile = tl.sum(before.to(tl.int32), axis=1)
+    tl.store(tiles_ptr + tile, local, mask=starts)
+    tl.store(tiles_ptr + max_tiles + tile, position, mask=starts)
+    stop = position + tl.minimum(run - rank, BLOCK)
+    tl.store(tiles_ptr + 2 * max_tiles + tile, stop, mask=starts)
+    tl.store(count_ptr, tl.sum(starts.to(tl.int32)))
+
+
+@triton.jit
+def count_kernel(ids_ptr, counts_ptr, size, first_expert, SCAN: tl.constexpr):
+    """How many pairs each expert has; one program per expert scans all ids."""
+    expert = tl.program_id(0)
+    total = expert * 0
+    start = expert * 0
+    # NOTE: with NumPy 2.4 the interpreter cannot take `range` bounds from arguments; `while` works.
+    while start < size:
+        i = start + tl.arange(0, SCAN)
+        local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
+        total += tl.sum(((local == expert) & (i < size)).to(tl.int32))
+        start += SCAN
+    tl.store(counts_ptr + expert, total)
+
+
+@triton.jit
+def place_kernel(
+    ids_ptr, counts_ptr, pairs_ptr, tiles_ptr, count_ptr,
+    size, num_experts, first_expert, max_tiles,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Write one expert's pairs, in order, and its tiles."""
+    expert = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + e, mask=e < num_experts, other=0)
+    tiles = (counts + BLOCK - 1) // BLOCK
+    position = tl.sum(tl.where(e < expert, counts, 0))
+    tile = tl.sum(tl.where(e < expert, tiles, 0))
+    stop = position + tl.sum(tl.where(e == expert, counts, 0))
+    if expert == 0:
+        tl.store(count_ptr, tl.sum(tiles))
+    start = position
+    while start < stop:
+        tl.store(tiles_ptr + tile, expert)
+        tl.store(tiles_ptr + max_tiles + tile, start)
+        tl.store(tiles_ptr + 2 * max_tiles + tile, tl.minimum(start + BLOCK, stop))
+        tile += 1
+        start += BLOCK
+    start = expert * 0
+    while start < size:
+        i = start + tl.arange(0, SCAN)
+        local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
+        mine = ((local == expert) & (i < size)).to(tl.int32)
+        tl.store(pairs_ptr + position + tl.cumsum(mine, 0) - mine, i, mask=mine != 0)
+        position += tl.sum(mine)
+        start += SCAN
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Quantized rows: codes [R, K] (or K/2 bytes), scale [R, groups], global_scale [R]."""
+
+    data: Tensor
+    scale: Tensor | None = None
+    global_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What makes rows differ by pair: ids [T, k], and whatever multiplies before quantization."""
+
+    ids: Tensor
+    num_experts: int
+    first_expert: int
+    router: Tensor | None = None
+    pre_scale: Tensor | None = None
+    static_scale: Tensor | None = None
+
+
+def quantize_rows(
+    x: Tensor, fmt: Format, pairs: Pairs | None = None, *, by_token: bool = False
+) -> Rows:
+    """Quantize x [R, K] to an activation format; with `by_token`, row r of T*k reads x[r // k].
+
+        row = x * router * pre_scale[expert], in fp32;  codes, scales = quantize(row, fmt)
+
+    Rows of pairs whose id is out of range are left unwritten.
+    """
+    count = pairs.ids.numel() if pairs is not None else x.shape[0]
+    columns = x.shape[1]
+    group = fmt.block[1] or triton.next_power_of_2(columns)
+    groups = triton.next_power_of_2(-(-columns // group))
+
+    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(count, *shape, dtype=dtype, device=x.device)
+
+    if isinstance(fmt, Float):
+        rows = Rows(empty(fmt.data_dtype, columns))
+    elif isinstance(fmt, NVFP4):
+        scale = empty(torch.uint8, columns // group)
+        rows = Rows(empty(torch.uint8, columns // 2), scale, empty(torch.float32))
+    else:
+        code = torch.int8 if isinstance(fmt, Int8) else torch.uint8
+        scale_dtype = torch.uint8 if isinstance(fmt, MXFP8) else torch.float32
+        rows = Rows(empty(code, columns), empty(scale_dtype, -(-columns // group)))
+    kind = "float" if isinstance(fmt, Float) else type(fmt).__name__.lower()
+    assert isinstance(fmt, Float | FP8 | MXFP8 | NVFP4 | Int8)
+    extra = pairs or Pairs(x, 1, 0)
+    quantize_kernel[(count,)](
+        x, rows.data, rows.scale, rows.global_scale,
+        None if pairs is None else extra.ids.contiguous(),
+        None if extra.router is None else extra.router.contiguous(),
+        extra.pre_scale, extra.static_scale,
+        1 if pairs is None else extra.ids.shape[1], extra.num_experts, extra.first_expert, columns,
+        KIND=kind, GROUP=group, GROUPS=groups, BY_TOKEN=by_token,
+        num_warps=4 if group * groups <= 4096 else 8,
+    )  # fmt: skip
+    return rows
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def quantize_kernel(
+    x_ptr, codes_ptr, scale_ptr, global_ptr, ids_ptr, router_ptr, pre_ptr, static_ptr,
+    top_k, num_experts, first_expert, columns,
+    KIND: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BY_TOKEN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    expert = row * 0
+    if ids_ptr is not None:
+        expert = tl.load(ids_ptr + row).to(tl.int64) - first_expert
+        if (expert < 0) | (expert >= num_experts):
+            return
+    source = row
+    if BY_TOKEN:
+        source = row // top_k
+    g = tl.arange(0, GROUPS)
+    k = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = k < columns
+    x = widen(tl.load(x_ptr + source * columns + k, mask=inside, other=0.0))
+    if router_ptr is not None:
+        x = x * widen(tl.load(router_ptr + row))
+    if pre_ptr is not None:
+        x = x * tl.load(pre_ptr + expert * columns + k, mask=inside, other=0.0)
+    if KIND == "float":
+        tl.store(
+            codes_ptr + row * columns + k, round_to(x, codes_ptr.dtype.element_ty), mask=inside
+        )
+    else:
+        group_count = (columns + GROUP - 1) // GROUP
+        amax = tl.max(abs_bits(x), axis=1).to(tl.float32, bitcast=True)
+        scale_at = scale_ptr + row * group_count + g
+        if KIND == "nvfp4":
+            _quantize_nvfp4(
+                x, amax, scale_at, codes_ptr + row * (columns // 2), global_ptr + row, static_ptr,
+                expert, columns, GROUP, GROUPS,
+            )  # fmt: skip
+        else:
+            if KIND == "mxfp8":
+                byte = encode_e8m0(tl.div_rn(amax, 448.0))
+                scale = decode_e8m0(byte)
+                tl.store(scale_at, byte.to(tl.uint8), mask=g < group_count)
+            else:
+                if static_ptr is not None:
+                    scale = tl.zeros_like(amax) + tl.load(static_ptr + expert)
+                else:
+                    scale = tl.div_rn(amax, 127.0 if KIND == "int8" else 448.0)
+                    scale = tl.where(scale == 0.0, 1.0, scale)
+                tl.store(scale_at, scale, mask=g < group_count)
+            scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], (GROUPS, GROUP)))
+            codes = encode_int8(scaled) if KIND == "int8" else encode_e4m3(scaled)
+            tl.store(codes_ptr + row * columns + k, codes, mask=inside)
+
+
+@triton.jit
+def _quantize_nvfp4(
+    x, amax, scale_at, codes_ptr, global_ptr, static_ptr, expert, columns,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    one = tl.full((1,), 1.0, tl.float32)
+    largest = tl.full((1,), 3.4028234663852886e38, tl.float32)
+    if static_ptr is not None:
+        encode = tl.div_rn(one, tl.zeros_like(one) + tl.load(static_ptr + expert))
+    else:
+        # Reduce as integers, so that NaN in any block reaches the row's scale.
+        top = tl.max(abs_bits(amax), axis=0) + tl.zeros_like(one).to(tl.int32)
+        row_amax = top.to(tl.float32, bitcast=True)
+        encode = tl.div_rn(one * 2688.0, row_amax)
+        encode = tl.where(encode > largest, largest, encode)
+        encode = tl.where((row_amax == 0.0) | (encode == 0.0), 1.0, encode)
+    decode = tl.div_rn(one, encode)
+    tl.store(global_ptr + tl.arange(0, 1), decode)
+    # fp32 nearest to 1/6, as the formula has it.
+    code = encode_e4m3(amax * (encode * 0.1666666716337204))
+    g = tl.arange(0, GROUPS)
+    tl.store(scale_at, code, mask=g < columns // GROUP)
+    scale = decode_e4m3(code, False)
+    inverse = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale * tl.div_rn(one, encode))
+    inverse = tl.where(inverse > largest, largest, inverse)
+    inverse = tl.where(amax == 0.0, 0.0, inverse)
+    codes = encode_e2m1(x * inverse[:, None])
+    low, high = tl.split(tl.reshape(codes, (GROUPS, GROUP // 2, 2)))
+    k = g[:, None] * (GROUP // 2) + tl.arange(0, GROUP // 2)[None, :]
+    tl.store(codes_ptr + k, (low | (high << 4)).to(tl.uint8), mask=k < columns // 2)
+
+
+def combine(y: Tensor, ids: Tensor, num_experts: int, first_expert: int, out: Tensor) -> None:
+    """out[t] = sum of the valid rows of y [T*k, H], in slot order, in fp32, rounded once."""
+    tokens, top_k = ids.shape
+    width = out.shape[1]
+    block = min(triton.next_power_of_2(width), 1024)
+    grid = (tokens, triton.cdiv(width, block))
+    combine_kernel[grid](
+        y, ids.contiguous(), out, num_experts, first_expert, width, TOP_K=top_k, BLOCK=block
+    )
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def combine_kernel(
+    y_ptr, ids_ptr, out_ptr, num_experts, first_expert, width,
+    TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for slot in range(TOP_K):
+        row = token * TOP_K + slot
+        local = tl.load(ids_ptr + row).to(tl.int64) - first_expert
+        valid = (local >= 0) & (local < num_experts)
+        total += tl.load(y_ptr + row * width + column, mask=inside & valid, other=0.0)
+    tl.store(
+        out_ptr + token * width + column, round_to(total, out_ptr.dtype.element_ty), mask=inside
+    )
