@@ -1,4 +1,4 @@
-"""The README keeps its word: its example runs, its table comes from the results, its names exist."""
+"""The README keeps its word: its example runs, its tables are made from results."""
 
 from __future__ import annotations
 

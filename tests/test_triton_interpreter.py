@@ -1,4 +1,4 @@
-"""Runs test_triton.py and test_triton_routing.py in Triton's interpreter, in a process of its own: see there."""
+"""test_triton.py and test_triton_routing.py in Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ def test_threads_without_openmp(isa: str, monkeypatch: pytest.MonkeyPatch) -> No
     w = weights(512, 384, 32, torch.bfloat16)
     x, experts = activations(sum(COUNTS), 384), torch.arange(len(COUNTS))
     expected = w.run(x, COUNTS, experts, isa)
-    monkeypatch.setattr(x86, "_openmp", lambda: None)
+    monkeypatch.setattr(x86_gemm, "_openmp", lambda: None)
     assert torch.equal(w.run(x, COUNTS, experts, isa), expected)
 
 

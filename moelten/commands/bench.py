@@ -395,7 +395,7 @@ def _record(
         "tokens": tokens,
         "routing": routing,
         "active_experts": round(active, 1),
-        "backend": backend_of(packed.layout.name).name,
+        "backend": backend_of(packed.layout.name, packed.device).name,
         "rounds": len(ours),
         "us": _us(seconds),
         "us_p10": _us(_quantile(ours, 0.1)),

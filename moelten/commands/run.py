@@ -166,7 +166,7 @@ def _run_layer(
     return LayerRun(
         layer,
         spec.scheme.name,
-        backend_of(packed.layout.name).name,
+        backend_of(packed.layout.name, packed.device).name,
         layer_error(
             packed,
             lambda expert: checkpoint.expert(layer, expert),
