@@ -1,4 +1,4 @@
-"""test_triton.py and test_triton_routing.py in Triton's interpreter, in a process of its own."""
+"""Runs the Triton suites in Triton's interpreter, in a process of its own: see test_triton.py."""
 
 from __future__ import annotations
 

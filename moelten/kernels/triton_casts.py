@@ -2,7 +2,7 @@
 
 Casts follow `moelten.casts` bit for bit, by integer arithmetic, on any GPU and in Triton's
 interpreter. The interpreter (3.6) truncates casts to bf16 and multiplies raw bit patterns in a bf16
-dot, so nothing outside this file may cast to bf16 or call `tl.dot`. Decoding is branch-free, and
+dot, so nothing outside this file may round to bf16 or call `tl.dot`. Decoding is branch-free, and
 exact in every operand type that `triton_gemm` chooses.
 """
 

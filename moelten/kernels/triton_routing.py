@@ -8,6 +8,7 @@ Weights follow the same formulas; only the order of a sum over the selected may 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -67,7 +68,7 @@ def route(
         "routed_scaling_factor": routed_scaling_factor,
         "norm_topk_prob": norm_topk_prob,
     }
-    defaults = {"bias": None, "num_expert_group": 1, "topk_group": 1}
+    defaults: dict[str, Any] = {"bias": None, "num_expert_group": 1, "topk_group": 1}
     defaults |= {"routed_scaling_factor": 1.0, "norm_topk_prob": True}
     given = {n: v for n, v in named.items() if v is not defaults[n] and v != defaults[n]}
     METHODS[method](logits[:0], top_k, **given)
