@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,19 +47,20 @@ class Plan:
 
 
 def make_plan(ids: Tensor, num_experts: int, first_expert: int = 0) -> Plan:
-    """Sort the pairs of ids [T, k] (int32 or int64) by local expert id - first_expert.
+    """Sort the pairs of ids [T, k] (int32 or int64, on the CPU) by local expert id - first_expert.
 
     >>> plan = make_plan(torch.tensor([[2, 0], [-1, 2]]), num_experts=3)
     >>> plan.active.tolist(), plan.offsets.tolist(), plan.rows.tolist()
     ([0, 2], [0, 1, 3], [[1, 0], [-1, 2]])
     """
-    local = ids.long() - first_expert
-    valid = (local >= 0) & (local < num_experts)
-    keys = torch.where(valid, local, num_experts).flatten()
-    counts = torch.bincount(keys, minlength=num_experts + 1)[:num_experts]
-    active = counts.nonzero().flatten()
-    offsets = torch.nn.functional.pad(counts[active].cumsum(0), (1, 0))
-    pairs = keys.sort(stable=True).indices[: int(offsets[-1])]
-    rows = torch.full_like(keys, -1)
-    rows[pairs] = torch.arange(pairs.numel(), device=ids.device)
-    return Plan(pairs, keys[pairs], active, offsets, rows.view(ids.shape))
+    # NumPy, because a dozen tiny torch operators would cost a decode step more than its weights.
+    local = ids.numpy().ravel().astype(np.int64) - first_expert
+    keys = np.where((local >= 0) & (local < num_experts), local, num_experts)
+    counts = np.bincount(keys, minlength=num_experts + 1)[:num_experts]
+    active = np.flatnonzero(counts)
+    offsets = np.concatenate(([0], counts[active].cumsum()))
+    pairs = keys.argsort(kind="stable")[: offsets[-1]]
+    rows = np.full(keys.shape, -1)
+    rows[pairs] = np.arange(pairs.size)
+    parts = (pairs, keys[pairs], active, offsets, rows.reshape(ids.shape))
+    return Plan(*map(torch.from_numpy, parts))

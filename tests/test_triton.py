@@ -450,7 +450,7 @@ def test_named_backend_is_honoured(monkeypatch):
 
     for backend in kernels.BACKENDS:
         monkeypatch.setattr(type(backend), "run", spy)
-    packed = moelten.pack(weights)
+    packed = moelten.pack(weights, backend="cpu")
     moelten.fused_moe(x, packed, routing)
     moelten.fused_moe(x, packed, routing, backend="cpu")
     if INTERPRET:

@@ -1,14 +1,16 @@
 """moelten beside transformers' own experts: one process, the same draws, measured floors.
 
 A point is (scheme, shape, tokens). Its contenders run in turn within each round on that round's
-draw of inputs and routing, each after a read of more memory than the cache holds, so weights come
-from memory as they do between the layers of a model. The floor is the larger of weight bytes over
+draw of inputs and routing, and each walks through copies of its weights that exceed the cache, so
+weights come from memory while code stays warm, as between the layers of a model. The floor is the
+larger of weight bytes over
 the read bandwidth and FLOPs over the bf16 matmul rate, both measured in the same run. The baseline
 holds the same weights decoded to bf16; its fastest implementation counts. GPUs are not timed here.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import statistics
@@ -125,15 +127,14 @@ def run(
         raise FormatError(f"top_k is 1..{shape.num_experts} (num_experts), got {shape.top_k}")
     generator = torch.Generator().manual_seed(seed)
     progress("measuring the floors")
-    sweep = torch.ones(sweep_bytes() // 4)
-    floors = measure_floors(sweep)
+    floors = measure_floors(torch.ones(cold_bytes() // 4))
     for scheme in schemes:
         progress(f"{scheme.name}: packing")
         layer = make_layer(scheme, shape, backend, generator)
         for count in tokens:
             progress(f"{scheme.name}: {count} tokens")
             draws = make_draws(scheme, shape, count, routing, generator)
-            times = time_rounds(_calls(layer, backend), draws, sweep.sum, seconds)
+            times = time_rounds(_calls(layer, backend), draws, seconds)
             yield _record(layer, count, routing, draws, times, floors)
 
 
@@ -155,8 +156,8 @@ def find_shape(name: str, sizes: dict[str, int]) -> Shape:
     return replace(SHAPES[name], name="custom", **sizes) if sizes else SHAPES[name]  # type: ignore[arg-type]
 
 
-def sweep_bytes() -> int:
-    """Bytes whose reading evicts the last-level cache: twice its size, 256 MiB to 1 GiB."""
+def cold_bytes() -> int:
+    """Bytes that the last-level cache cannot hold: twice its size, 256 MiB to 1 GiB."""
     sizes = [
         int(text.removesuffix("K")) << 10
         for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
@@ -174,7 +175,7 @@ def measure_floors(sweep: Tensor, size: int = 2048) -> Floors:
 
 
 def time_rounds(
-    calls: dict[str, Call], draws: list[Draw], evict: Callable[[], Any], seconds: float
+    calls: dict[str, Call], draws: list[Draw], seconds: float
 ) -> dict[str, list[float]]:
     """Seconds of every call, by contender: all contenders in turn within each round.
 
@@ -197,7 +198,6 @@ def time_rounds(
         draw = draws[index % len(draws)]
         for offset in range(len(kept)):
             name = kept[(index + offset) % len(kept)]
-            evict()
             times[name].append(_elapsed(lambda: calls[name](draw)))  # noqa: B023 - called at once
     return times
 
@@ -336,10 +336,23 @@ def draw_routing(
 
 def _calls(layer: Layer, backend: str | None) -> dict[str, Call]:
     """The contenders by name; those of transformers where there are weights for them."""
+    packed = layer.packed
+    copies = itertools.cycle(
+        [packed]
+        + [
+            replace(packed, tensors={n: t.clone() for n, t in packed.tensors.items()})
+            for _ in range(_more_copies(packed.nbytes))
+        ]
+    )
     ours: dict[str, Call] = {
-        "moelten": lambda draw: fused_moe(draw.x, layer.packed, draw.routing, backend=backend)
+        "moelten": lambda draw: fused_moe(draw.x, next(copies), draw.routing, backend=backend)
     }
     return ours if layer.decoded is None else ours | _baseline_calls(*layer.decoded)
+
+
+def _more_copies(nbytes: int) -> int:
+    """Copies of `nbytes` of weights, beside the first, that together exceed the cache."""
+    return max(-(-cold_bytes() // nbytes) - 1, 0)
 
 
 def _baseline_calls(w13: Tensor, w2: Tensor) -> dict[str, Call]:
@@ -350,17 +363,23 @@ def _baseline_calls(w13: Tensor, w2: Tensor) -> dict[str, Call]:
     config = Qwen3MoeConfig(
         hidden_size=w2.shape[1], moe_intermediate_size=w2.shape[2], num_experts=w2.shape[0]
     )
-    with torch.device("meta"):
-        untyped: Any = Qwen3MoeExperts
-        experts = untyped(config)
-    experts.gate_up_proj = torch.nn.Parameter(w13, requires_grad=False)
-    experts.down_proj = torch.nn.Parameter(w2, requires_grad=False)
+
+    def module(gate_up: Tensor, down: Tensor) -> Any:
+        with torch.device("meta"):
+            untyped: Any = Qwen3MoeExperts
+            experts = untyped(config)
+        experts.gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
+        experts.down_proj = torch.nn.Parameter(down, requires_grad=False)
+        return experts
+
+    more = range(_more_copies(w13.nbytes + w2.nbytes))
+    copies = itertools.cycle([module(w13, w2)] + [module(w13.clone(), w2.clone()) for _ in more])
 
     def call(implementation: str) -> Call:
         def run(draw: Draw) -> None:
             config._experts_implementation = implementation
             with torch.no_grad():
-                experts(*draw.baseline)
+                next(copies)(*draw.baseline)
 
         return run
 

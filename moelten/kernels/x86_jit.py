@@ -5,7 +5,7 @@ through llvmlite. `run(arguments)` is the work of one thread: it draws items (an
 run of 16-row blocks) from a shared counter until none is left. Invariant: codes meet activations in
 bf16, where both are exact, and a group's scale multiplies the fp32 partial sum, never a weight; the
 operations on a row and their order follow from K and the group size alone, so a row's bits depend
-neither on other rows nor on threads. Layout, checks and threads are not here: see `x86`.
+neither on other rows nor on threads. Layout, checks and threads are not here: see `x86_gemm`.
 """
 
 from __future__ import annotations
@@ -114,15 +114,14 @@ class _Emitter:
         self.entry = self.function.append_basic_block("entry")
         self.b = ir.IRBuilder(self.entry)
 
-    def const(self, value: int) -> Value:
-        return ir.Constant(I64, value)
+    def const(self, value: int | Value) -> Value:
+        return ir.Constant(I64, value) if isinstance(value, int) else value
 
     def at(self, base: Value, *terms: int | tuple[Value, int | Value]) -> Value:
         """base + sum of terms, each bytes or (count, bytes)."""
         for term in terms:
             count, size = term if isinstance(term, tuple) else (self.const(term), 1)
-            size = self.const(size) if isinstance(size, int) else size
-            base = self.b.gep(base, [self.b.mul(count, size)], source_etype=I8)
+            base = self.b.gep(base, [self.b.mul(count, self.const(size))], source_etype=I8)
         return base
 
     def load(self, pointer: Value, kind: Value, align: int = 1) -> Value:
@@ -162,8 +161,7 @@ class _Emitter:
         self.b.cbranch(self.b.icmp_signed("<", index, stop), body, done)
         self.b.position_at_end(body)
         yield index
-        step = self.const(step) if isinstance(step, int) else step
-        self.b.store(self.b.add(index, step), slot)
+        self.b.store(self.b.add(index, self.const(step)), slot)
         self.b.branch(head)
         self.b.position_at_end(done)
 
@@ -196,9 +194,10 @@ class _Emitter:
     def fma(self, x: Value, y: Value, z: Value) -> Value:
         return self.call("llvm.fma.v16f32", FLOATS, x, y, z)
 
-    def prefetch(self, pointer: Value) -> None:
+    def prefetch(self, pointer: Value, size: int) -> None:
         read, l1, data = (ir.Constant(I32, n) for n in (0, 3, 1))
-        self.call("llvm.prefetch.p0", VOID, pointer, read, l1, data)
+        for line in range(0, size, 64):
+            self.call("llvm.prefetch.p0", VOID, self.at(pointer, line), read, l1, data)
 
     def arguments(self, pointer: Value) -> dict[str, Value]:
         kinds = {name: PTR if name in _POINTERS else I64 for name in ARGUMENTS}
@@ -238,11 +237,14 @@ class _Gemm(_Emitter):
                 index = self.b.lshr(words, ir.Constant(WORDS, [shift] * 2 * LANES))
                 yield self.call(LOOKUP, WORDS, self.table, index)
 
-    def scales(self, block: Value, step: Value) -> Value:
-        """fp32 scales of 16 weight rows for the group that k block `step` lies in."""
+    def scales_at(self, block: Value, step: Value) -> Value:
         group = self.b.sdiv(step, self.a["steps"])
         index = self.b.add(self.b.mul(block, self.a["groups"]), group)
-        pointer = self.at(self.scale, (index, LANES * _SCALE_BYTES[self.scale_type]))
+        return self.at(self.scale, (index, LANES * _SCALE_BYTES[self.scale_type]))
+
+    def scales(self, block: Value, step: Value) -> Value:
+        """fp32 scales of 16 weight rows for the group that k block `step` lies in."""
+        pointer = self.scales_at(block, step)
         if self.scale_type == "fp32":
             return self.load(pointer, FLOATS)
         if self.scale_type == "fp16":
@@ -288,8 +290,7 @@ class _DotGemm(_Gemm):
     def _step(self, block: Value, step: Value) -> None:
         """Add scale * (codes . x) over 32 k; two chains a row hide the dot product's latency."""
         codes = self.codes(block, step)
-        for line in range(0, BLOCK_BYTES, 64):
-            self.prefetch(self.at(codes, CHUNK * _AHEAD * BLOCK_BYTES + line))
+        self.prefetch(self.at(codes, CHUNK * _AHEAD * BLOCK_BYTES), BLOCK_BYTES)
         rows = range(len(self.sums))
         xs = [self.at(self.x, (self.const(r), self.x_row), (step, 64)) for r in rows]
         chains = [[ZEROS, ZEROS] for _ in xs]
@@ -300,8 +301,7 @@ class _DotGemm(_Gemm):
                 chain[p % 2] = self.call(DOT, FLOATS, chain[p % 2], weights, pair)
         scale = self.scales(block, step)
         for total, (even, odd) in zip(self.sums, chains, strict=True):
-            added = self.fma(scale, self.b.fadd(even, odd), self.load(total, FLOATS))
-            self.b.store(added, total)
+            self.b.store(self.fma(scale, self.b.fadd(even, odd), self.load(total, FLOATS)), total)
 
 
 class _Ahead(NamedTuple):
@@ -370,8 +370,10 @@ class _AmxGemm(_Gemm):
         wrapped = self.b.select(self.b.icmp_signed("<", stop, blocks), stop, self.const(0))
         following, step = self._advance(block, 1, start, wrapped)
         last = self.b.sub(self.b.sub(blocks, step), self.const(1))
-        later = self.codes(*self._advance(block, 1 + _AHEAD, start, stop))
-        return _Ahead(self.codes(following, step), last, self.at(self.tiles, (half, 1)), later)
+        later = self._advance(block, 1 + _AHEAD, start, stop)
+        self.prefetch(self.scales_at(*later), CHUNK * LANES * _SCALE_BYTES[self.scale_type])
+        tiles = self.at(self.tiles, (half, 1))
+        return _Ahead(self.codes(following, step), last, tiles, self.codes(*later))
 
     def _advance(self, block: Value, by: int, start: Value, wrapped: Value) -> tuple[Value, Value]:
         following = self.b.add(block, self.const(by))
@@ -425,8 +427,7 @@ class _AmxGemm(_Gemm):
         self.call("llvm.x86.tileloadd64", VOID, tile, pointer, self.const(64))
 
     def _decode_ahead(self, ahead: _Ahead, step: Value) -> None:
-        for line in range(0, BLOCK_BYTES, 64):
-            self.prefetch(self.at(ahead.prefetch, (step, BLOCK_BYTES), line))
+        self.prefetch(self.at(ahead.prefetch, (step, BLOCK_BYTES)), BLOCK_BYTES)
         codes = self.at(ahead.codes, (self.min(step, ahead.last), BLOCK_BYTES))
         self._decode_tile(codes, self.at(ahead.tiles, (step, _TILE)))
 
