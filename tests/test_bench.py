@@ -184,7 +184,7 @@ def test_command(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--device cuda", "no GPU backends"),
+        ("--device cuda", "GPUs are not timed"),
         ("--tokens 1,x", "1,16,128"),
         ("--scheme int5_bf16", "schemes:"),
         ("--shape gpt-2", "shapes:"),

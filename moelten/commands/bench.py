@@ -3,9 +3,9 @@
 A point is (scheme, shape, tokens). Its contenders run in turn within each round on that round's
 draw of inputs and routing, and each walks through copies of its weights that exceed the cache, so
 weights come from memory while code stays warm, as between the layers of a model. The floor is the
-larger of weight bytes over
-the read bandwidth and FLOPs over the bf16 matmul rate, both measured in the same run. The baseline
-holds the same weights decoded to bf16; its fastest implementation counts. GPUs are not timed here.
+larger of weight bytes over the read bandwidth and FLOPs over the bf16 matmul rate, both measured in
+the same run. The baseline holds the same weights decoded to bf16; its fastest implementation
+counts. GPUs are not timed here.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def check_device(device: str) -> None:
     """Refuse what cannot be timed in this version."""
     if device != "cpu":
         raise UnsupportedError(
-            f"bench runs on cpu in this version, which has no GPU backends yet; got {device!r}"
+            f"bench times the CPU in this version, GPUs are not timed yet; got {device!r}"
         )
 
 
@@ -472,7 +472,7 @@ def _quantile(values: list[float], q: float) -> float:
 
 def _commit() -> str | None:
     """The checkout's commit; None for an installed package."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     answer = subprocess.run(

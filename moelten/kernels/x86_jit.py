@@ -117,11 +117,11 @@ class _Emitter:
     def const(self, value: int | Value) -> Value:
         return ir.Constant(I64, value) if isinstance(value, int) else value
 
-    def at(self, base: Value, *terms: int | tuple[Value, int | Value]) -> Value:
+    def at(self, base: Value, *terms: int | tuple[int | Value, int | Value]) -> Value:
         """base + sum of terms, each bytes or (count, bytes)."""
         for term in terms:
-            count, size = term if isinstance(term, tuple) else (self.const(term), 1)
-            base = self.b.gep(base, [self.b.mul(count, self.const(size))], source_etype=I8)
+            count, size = map(self.const, term if isinstance(term, tuple) else (term, 1))
+            base = self.b.gep(base, [self.b.mul(count, size)], source_etype=I8)
         return base
 
     def load(self, pointer: Value, kind: Value, align: int = 1) -> Value:
@@ -262,7 +262,7 @@ class _Gemm(_Emitter):
     def _ints(self, value: int) -> Value:
         return ir.Constant(INTS, [value] * LANES)
 
-    def store_row(self, row: Value, block: Value, values: Value) -> None:
+    def store_row(self, row: int | Value, block: Value, values: Value) -> None:
         """Store the 16 columns of a block, less those beyond N in the last one."""
         left = self.b.sub(self.a["rows"], self.b.mul(block, self.const(LANES)))
         lanes = ir.Constant(INTS, list(range(LANES)))
@@ -284,15 +284,14 @@ class _DotGemm(_Gemm):
             with self.loop(self.const(0), self.a["blocks"]) as step:
                 self._step(block, step)
             for row, total in enumerate(self.sums):
-                self.store_row(self.const(row), block, self.load(total, FLOATS))
+                self.store_row(row, block, self.load(total, FLOATS))
         self.b.ret_void()
 
     def _step(self, block: Value, step: Value) -> None:
         """Add scale * (codes . x) over 32 k; two chains a row hide the dot product's latency."""
         codes = self.codes(block, step)
         self.prefetch(self.at(codes, CHUNK * _AHEAD * BLOCK_BYTES), BLOCK_BYTES)
-        rows = range(len(self.sums))
-        xs = [self.at(self.x, (self.const(r), self.x_row), (step, 64)) for r in rows]
+        xs = [self.at(self.x, (r, self.x_row), (step, 64)) for r in range(len(self.sums))]
         chains = [[ZEROS, ZEROS] for _ in xs]
         for p, words in enumerate(self.decode(codes)):
             weights = self.b.bitcast(words, PAIRS)
