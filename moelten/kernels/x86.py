@@ -51,8 +51,7 @@ class VnniLayout:
         *batch, rows, columns = shape
         total = math.prod(batch) * rows
         data = unpack_codes(parts["data"], total, columns).view(*batch, rows, -1)
-        # Flat first: a single group may leave a stride that no later view accepts.
-        scale = unpack_scale(parts["scale"], total).flatten().view(*batch, rows, -1)
+        scale = unpack_scale(parts["scale"], total).view(*batch, rows, -1)
         return QTensor(data, fmt, scale)
 
 
