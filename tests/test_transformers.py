@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 from tiny_models import (  # noqa: E402
     FAMILIES,
     greedy,
+    llama4_config,
     logits,
     one_thread,  # noqa: F401
     prompt,
@@ -149,18 +150,7 @@ def test_a_refused_model_keeps_its_implementation():
 
 
 def test_llama4_is_refused_with_what_to_do():
-    config = transformers.Llama4TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        intermediate_size_mlp=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=2,
-        pad_token_id=0,
-    )
+    config = llama4_config()
     model = transformers.Llama4ForCausalLM(config)
     with pytest.raises(UnsupportedError, match=r"Llama4ForCausalLM .* moelten\.MoELayer"):
         use_moelten(model)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file  # noqa: E402
 from tiny_models import (  # noqa: E402
     FAMILIES,
     greedy,
+    llama4_config,
     logits,
     one_thread,  # noqa: F401
     prompt,
@@ -417,18 +418,7 @@ def test_gpt_oss_in_other_formats_loads_and_is_not_saved(tmp_path):
 
 
 def test_llama4_is_refused(tmp_path):
-    config = transformers.Llama4TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        intermediate_size_mlp=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_local_experts=2,
-        pad_token_id=0,
-    )
+    config = llama4_config()
     transformers.Llama4ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedError, match=r"Llama4ForCausalLM has no experts .*MoELayer"):
         load(tmp_path, weight_format=Int4(32))

@@ -11,7 +11,13 @@ import pytest
 import torch
 from checkpoint_writers import Encoder
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Llama4TextConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 _SHARED = {
     "vocab_size": 128,
@@ -150,3 +156,19 @@ def save_quantized(
         record["quantization_config"] = quantization
     (path / "config.json").write_text(json.dumps({**record, **config}))
     return AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32)
+
+
+def llama4_config() -> PretrainedConfig:
+    """A model whose experts transformers cannot replace."""
+    return Llama4TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        intermediate_size_mlp=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        pad_token_id=0,
+    )

@@ -200,6 +200,8 @@ def _plain() -> tuple[Encoder, Decoder, dict[str, Any]]:
 def _gpt_oss_mxfp4() -> tuple[Encoder, Decoder, dict[str, Any]]:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+    from moelten.integrations.transformers_saving import GPT_OSS_CONFIG
+
     compress, _, _ = _compressed_tensors("MXFP4A16")
 
     def encode(matrix: Tensor) -> Parts:
@@ -211,19 +213,7 @@ def _gpt_oss_mxfp4() -> tuple[Encoder, Decoder, dict[str, Any]]:
         one = parts["blocks"][None], parts["scales"][None]
         return convert_moe_packed_tensors(*one, dtype=torch.float32)[0].T
 
-    return (
-        encode,
-        decode,
-        {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-        },
-    )
+    return encode, decode, dict(GPT_OSS_CONFIG)
 
 
 def _deepseek_fp8() -> tuple[Encoder, Decoder, dict[str, Any]]:

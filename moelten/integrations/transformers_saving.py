@@ -23,7 +23,7 @@ from moelten.packed import PackedExperts
 from moelten.qtensor import QTensor
 
 GPT_OSS = "gpt_oss"
-_GPT_OSS_CONFIG = {
+GPT_OSS_CONFIG = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
@@ -46,7 +46,7 @@ def stored_config(packed: dict[str, PackedExperts], model_type: str) -> dict[str
         raise UnsupportedError(f"a checkpoint is saved in one format, this model has {names}")
     (scheme,) = schemes
     if model_type == GPT_OSS and scheme.weights == MXFP4() and not plain:
-        return dict(_GPT_OSS_CONFIG)
+        return dict(GPT_OSS_CONFIG)
     extras = sorted({name for p in packed.values() for name in p.spec.extras})
     if extras or model_type == GPT_OSS:
         raise UnsupportedError(

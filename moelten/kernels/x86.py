@@ -1,4 +1,4 @@
-"""The x86 backend: grouped GEMMs of `x86` inside the chain that all CPU backends share.
+"""The x86 backend: grouped GEMMs of `x86_gemm` inside the chain that all CPU backends share.
 
 For MXFP4 and symmetric INT4 with bf16 activations. What it does not take it says in `refusals`, and
 the cpu backend takes.
