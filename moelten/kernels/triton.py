@@ -75,7 +75,7 @@ class TritonBackend:
 
 
 def _run_chunk(x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
-    from moelten.kernels import triton_gemm, triton_ops
+    from moelten.kernels import triton_epilogue, triton_gemm, triton_ops
     from moelten.kernels.triton_variants import block_m, current_target
 
     spec, extras = experts.spec, experts.tensors
@@ -98,7 +98,7 @@ def _run_chunk(x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor)
         fmt,
         hidden,
         rows_per_source=rows_per_source,
-        epilogue=triton_gemm.Epilogue(
+        epilogue=triton_epilogue.Epilogue(
             bias=extras.get("w13_bias"),
             activation=name,
             parameters=parameters,
@@ -122,7 +122,7 @@ def _run_chunk(x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor)
         plan,
         fmt,
         y,
-        epilogue=triton_gemm.Epilogue(
+        epilogue=triton_epilogue.Epilogue(
             bias=extras.get("w2_bias"), router=None if routing.on_input else routing.weights
         ),
         target=target,

@@ -10,8 +10,6 @@ per group or once per row. Bias, activation and router weight follow in fp32; on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -27,27 +25,10 @@ from moelten.kernels.triton_casts import (
     round_to,
     widen,
 )
+from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue, activate, finish
 from moelten.kernels.triton_ops import Rows, TilePlan
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.qtensor import QTensor
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """What follows the sum, in this order; each part is optional.
-
-    bias:        fp32 [E, halves, N]
-    activation:  name of the function that joins the halves, "none" for one half as it is
-    parameters:  SwiGLU's alpha, beta and limit (inf for none), or fp32 [E, 3] of them
-    post_scale:  fp32 [E, N], multiplies the activation's result
-    router:      [T, k] weights, multiply the result
-    """
-
-    bias: Tensor | None = None
-    activation: str = "none"
-    parameters: tuple[float, float, float] | Tensor = (1.0, 0.0, float("inf"))
-    post_scale: Tensor | None = None
-    router: Tensor | None = None
 
 
 def grouped_gemm(
@@ -58,7 +39,7 @@ def grouped_gemm(
     out: Tensor,
     *,
     rows_per_source: int = 1,
-    epilogue: Epilogue = Epilogue(),
+    epilogue: Epilogue = NO_EPILOGUE,
     target: Target,
 ) -> None:
     """Write out[p] for every valid pair p, from row p // rows_per_source of `rows`.
@@ -216,65 +197,6 @@ def _accumulate(
         return dot(w, a, acc, PRECISION)
 
 
-@triton.jit
-def _gelu(x, APPROXIMATE: tl.constexpr):
-    if APPROXIMATE:
-        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x * tl.sigmoid(2.0 * inner)
-    else:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _activate(g, u, alpha, beta, limit, NAME: tl.constexpr, LIMITED: tl.constexpr):
-    """The function of `moelten.activations` called NAME, of gate g and up u (or of g alone)."""
-    if NAME == "swiglu":
-        if LIMITED:
-            # Comparisons, not minimum: NaN must pass.
-            g = tl.where(g > limit, limit, g)
-            u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
-        return g * tl.sigmoid(alpha * g) * (u + beta)
-    elif NAME == "geglu":
-        return _gelu(g, False) * u
-    elif NAME == "geglu_tanh":
-        return _gelu(g, True) * u
-    elif NAME == "reglu":
-        return tl.where(g < 0.0, 0.0, g) * u
-    elif NAME == "silu":
-        return g * tl.sigmoid(g)
-    elif NAME == "gelu":
-        return _gelu(g, False)
-    elif NAME == "gelu_tanh":
-        return _gelu(g, True)
-    elif NAME == "relu2":
-        r = tl.where(g < 0.0, 0.0, g)
-        return r * r
-    else:
-        tl.static_assert(NAME == "none")
-        return g
-
-
-@triton.jit
-def _finish(
-    acc, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix, n, inside_n, scale_row,
-    N: tl.constexpr, W_SCALE: tl.constexpr, W_MODE: tl.constexpr, A_MODE: tl.constexpr,
-    NATIVE: tl.constexpr,
-):  # fmt: skip
-    """One half's fp32 result: what is constant along K, then the bias."""
-    h = acc.to(tl.float32)
-    if W_MODE == "row":
-        h = h * load_scale(w_scale_ptr + scale_row, inside_n, W_SCALE, NATIVE)[:, None]
-    if A_MODE == "row":
-        h = h * a_scale[None, :]
-    if a_global is not None:
-        h = h * a_global[None, :]
-    if w_global_ptr is not None:
-        h = h * tl.load(w_global_ptr + matrix)
-    if bias_ptr is not None:
-        h = h + tl.load(bias_ptr + matrix * N + n, mask=inside_n, other=0.0)[:, None]
-    return h
-
-
 @triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit"])
 def gemm_kernel(
     w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
@@ -355,13 +277,13 @@ def gemm_kernel(
     a_global = None
     if a_global_ptr is not None:
         a_global = tl.load(a_global_ptr + source, mask=inside_m, other=0.0)
-    h0 = _finish(
+    h0 = finish(
         acc0, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix, n, inside_n,
         w_scale_row, N, W_SCALE, W_MODE, A_MODE, NATIVE,
     )  # fmt: skip
     h1 = h0
     if HALVES == 2:
-        h1 = _finish(
+        h1 = finish(
             acc1, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix + 1, n, inside_n,
             w_scale_row + SCALE_HALF, N, W_SCALE, W_MODE, A_MODE, NATIVE,
         )  # fmt: skip
@@ -369,7 +291,7 @@ def gemm_kernel(
         alpha = tl.load(table_ptr + expert * 3)
         beta = tl.load(table_ptr + expert * 3 + 1)
         limit = tl.load(table_ptr + expert * 3 + 2)
-    y = _activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
+    y = activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
     if post_ptr is not None:
         y = y * tl.load(post_ptr + expert * N + n, mask=inside_n, other=0.0)[:, None]
     if router_ptr is not None:
