@@ -31,10 +31,16 @@ _SCALE_DTYPES = {
 
 @dataclass(frozen=True)
 class Format:
-    """Base of all formats; `bits` per element, `max_code` the largest magnitude of a code."""
+    """Base of all formats.
+
+    bits:        per element
+    max_code:    the largest magnitude of a code
+    data_dtype:  how codes are stored; two 4-bit codes share a uint8, low nibble first
+    """
 
     bits: ClassVar[int]
     max_code: ClassVar[float]
+    data_dtype: ClassVar[torch.dtype]
 
     @property
     def block(self) -> Block:
@@ -45,11 +51,6 @@ class Format:
     def scale_dtype(self) -> torch.dtype | None:
         """Storage dtype of the scales; None for formats without scales."""
         return None
-
-    @property
-    def data_dtype(self) -> torch.dtype:
-        """Storage dtype of the codes; two 4-bit codes share a uint8, low nibble first."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:
@@ -99,7 +100,7 @@ class Float(Format):
         return (None, None)
 
     @property
-    def data_dtype(self) -> torch.dtype:
+    def data_dtype(self) -> torch.dtype:  # type: ignore[override]
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.dtype, torch.float32)
 
     @property
@@ -119,6 +120,7 @@ class Int4(Format):
     scale: str = "bfloat16"
     bits: ClassVar[int] = 4
     max_code: ClassVar[float] = 7.0
+    data_dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __post_init__(self) -> None:
         if self.group_size is not None and (self.group_size < 16 or self.group_size % 16):
@@ -134,27 +136,28 @@ class Int4(Format):
         return _SCALE_DTYPES[self.scale]
 
     @property
-    def data_dtype(self) -> torch.dtype:
-        return torch.uint8
-
-    @property
     def name(self) -> str:
         group = "" if self.group_size is None else f"g{self.group_size}"
         return f"int4{group}{'z' if self.zero_point else ''}"
 
 
 @dataclass(frozen=True)
-class Int8(Format):
-    """int8, one scale per row (weight channel or token), per 1x128 group or per 128x128 block."""
+class _Bytes(Format):
+    """8-bit codes, one scale per tensor, row, 1x128 group or 128x128 block."""
 
     blocks: Block = (1, None)
     scale: str = "float32"
     bits: ClassVar[int] = 8
-    max_code: ClassVar[float] = 127.0
+    kind: ClassVar[str]
+    scales: ClassVar[tuple[str, ...]] = ("bfloat16", "float16", "float32")
 
     def __post_init__(self) -> None:
-        _check_blocks(self, self.blocks)
-        _check_scale_dtype(self, ("bfloat16", "float16", "float32"))
+        if tuple(self.blocks) not in _BLOCK_NAMES:
+            raise FormatError(
+                f"{type(self).__name__} scales span {' or '.join(map(str, _BLOCK_NAMES))} "
+                f"(rows, columns; None = all), got {self.blocks}"
+            )
+        _check_scale_dtype(self, self.scales)
 
     @property
     def block(self) -> Block:
@@ -165,42 +168,27 @@ class Int8(Format):
         return _SCALE_DTYPES[self.scale]
 
     @property
-    def data_dtype(self) -> torch.dtype:
-        return torch.int8
-
-    @property
     def name(self) -> str:
-        return "int8" + _BLOCK_NAMES[self.blocks]
+        return self.kind + _BLOCK_NAMES[self.blocks]
 
 
 @dataclass(frozen=True)
-class FP8(Format):
+class Int8(_Bytes):
+    """int8, one scale per row (weight channel or token), per 1x128 group or per 128x128 block."""
+
+    max_code: ClassVar[float] = 127.0
+    data_dtype: ClassVar[torch.dtype] = torch.int8
+    kind: ClassVar[str] = "int8"
+
+
+@dataclass(frozen=True)
+class FP8(_Bytes):
     """e4m3 with fp32, bf16 or e8m0 scales per tensor, row, 1x128 group or 128x128 block."""
 
-    blocks: Block = (1, None)
-    scale: str = "float32"
-    bits: ClassVar[int] = 8
     max_code: ClassVar[float] = 448.0
-
-    def __post_init__(self) -> None:
-        _check_blocks(self, self.blocks)
-        _check_scale_dtype(self, ("bfloat16", "float16", "float32", "e8m0"))
-
-    @property
-    def block(self) -> Block:
-        return self.blocks
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        return _SCALE_DTYPES[self.scale]
-
-    @property
-    def data_dtype(self) -> torch.dtype:
-        return torch.float8_e4m3fn
-
-    @property
-    def name(self) -> str:
-        return "fp8" + _BLOCK_NAMES[self.blocks]
+    data_dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
+    kind: ClassVar[str] = "fp8"
+    scales: ClassVar[tuple[str, ...]] = (*_Bytes.scales, "e8m0")
 
 
 @dataclass(frozen=True)
@@ -209,6 +197,7 @@ class MXFP4(Format):
 
     bits: ClassVar[int] = 4
     max_code: ClassVar[float] = 6.0
+    data_dtype: ClassVar[torch.dtype] = torch.uint8
 
     @property
     def block(self) -> Block:
@@ -216,10 +205,6 @@ class MXFP4(Format):
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return torch.uint8
-
-    @property
-    def data_dtype(self) -> torch.dtype:
         return torch.uint8
 
     @property
@@ -233,6 +218,7 @@ class MXFP8(Format):
 
     bits: ClassVar[int] = 8
     max_code: ClassVar[float] = 448.0
+    data_dtype: ClassVar[torch.dtype] = torch.float8_e4m3fn
 
     @property
     def block(self) -> Block:
@@ -241,10 +227,6 @@ class MXFP8(Format):
     @property
     def scale_dtype(self) -> torch.dtype:
         return torch.uint8
-
-    @property
-    def data_dtype(self) -> torch.dtype:
-        return torch.float8_e4m3fn
 
     @property
     def name(self) -> str:
@@ -262,6 +244,7 @@ class NVFP4(Format):
     per_token: bool = False
     bits: ClassVar[int] = 4
     max_code: ClassVar[float] = 6.0
+    data_dtype: ClassVar[torch.dtype] = torch.uint8
 
     @property
     def block(self) -> Block:
@@ -270,10 +253,6 @@ class NVFP4(Format):
     @property
     def scale_dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn
-
-    @property
-    def data_dtype(self) -> torch.dtype:
-        return torch.uint8
 
     @property
     def name(self) -> str:
@@ -286,14 +265,6 @@ _BLOCK_NAMES: dict[Block, str] = {
     (1, 128): "g128",
     (128, 128): "block",
 }
-
-
-def _check_blocks(fmt: Format, blocks: Block) -> None:
-    if tuple(blocks) not in _BLOCK_NAMES:
-        raise FormatError(
-            f"{type(fmt).__name__} scales span {' or '.join(map(str, _BLOCK_NAMES))} "
-            f"(rows, columns; None = all), got {blocks}"
-        )
 
 
 def _check_scale_dtype(fmt: Any, allowed: tuple[str, ...]) -> None:
