@@ -35,7 +35,7 @@ from moelten.packed import PackedExperts
 
 # Caches' worth of weights that are read between two uses of the same bytes.
 COLD_CACHES = 4
-_FEWEST_CALLS, _MOST_CALLS, _TOKENS_OF_A_PASS = 8, 64, 4096
+_FEWEST_CALLS, _MOST_CALLS, _TOKENS_OF_A_PASS = 8, 64, 1024
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 100
 _BURST_SECONDS, _REST_SECONDS = 0.015, 0.05
 _CHECKED_ELEMENTS = 1 << 30
@@ -68,8 +68,8 @@ def num_copies(active_bytes: int, cache_bytes: int) -> int:
 def num_calls(tokens: int, copies: int) -> int:
     """Calls of one pass: 64 short ones to 8 long ones, and every copy equally often.
 
-    >>> num_calls(1, 3), num_calls(256, 3), num_calls(4096, 1)
-    (66, 18, 8)
+    >>> num_calls(1, 3), num_calls(64, 1), num_calls(4096, 1)
+    (66, 16, 8)
     """
     calls = min(max(_TOKENS_OF_A_PASS // tokens, _FEWEST_CALLS), _MOST_CALLS)
     return -(-calls // copies) * copies
