@@ -100,7 +100,7 @@ def _int8(a: Tensor) -> list[Callable[[], object]]:
 
 
 def int8_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T in int32 for square int8 matrices, their size a multiple of 1024; tiles for Hopper."""
+    """a @ b.T in int32 for square int8 matrices of a multiple of 1024; tiles for Hopper."""
     size = a.shape[0]
     out = torch.empty(size, size, dtype=torch.int32, device=a.device)
     int8_product_kernel[(size // 128 * (size // 256),)](
