@@ -8,7 +8,6 @@ imports happen inside commands: `--help` and `--version` load no torch.
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from enum import Enum
@@ -261,39 +260,50 @@ def doctor_command(json_output: Json = False) -> int:
 
 @_command("bench")
 def bench_command(
-    device: Device = DeviceKind.cpu,
+    device: Annotated[
+        DeviceKind | None, typer.Option(help="Default: a GPU if there is one, else the CPU.")
+    ] = None,
     scheme: Annotated[
-        str, typer.Option(help="Schemes, separated by commas.")
-    ] = "int4g32_bf16,mxfp4_bf16",
-    tokens: Annotated[
-        str, typer.Option(help="Numbers of tokens, separated by commas.")
-    ] = "1,16,128",
+        list[str], typer.Option(help="Schemes, by commas or by repeating the option.")
+    ] = ["int4g32_bf16", "mxfp4_bf16"],  # noqa: B006 - typer reads it
     shape: Annotated[
-        str, typer.Option(help="A model's shape; small, A, gpt-oss-20b, ...")
-    ] = "small",
+        list[str] | None,
+        typer.Option(help="Models' shapes: A, gpt-oss-20b, ...; default: A on a GPU, else small."),
+    ] = None,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="Numbers of tokens; default: 1,4,16,...,4096 on a GPU, else 1,16,128."),
+    ] = None,
+    routing: Annotated[list[str], typer.Option(help="uniform, zipf, onehot.")] = ["uniform"],  # noqa: B006
     hidden_size: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
     num_experts: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Instead of the shape's.")] = None,
-    routing: Annotated[str, typer.Option(help="uniform, zipf or onehot.")] = "uniform",
     backend: Backend = None,
-    seconds: Annotated[float, typer.Option(help="Time limit of one point's rounds.")] = 20.0,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time of one point's rounds; default: 1 on a GPU, else 20.")
+    ] = None,
     seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option(help="Write the records to a JSON file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="A JSON file, written again after every record.")
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw them to a PNG file (extra: plot).")
+        Path | None, typer.Option(help="Draw the roofline to a PNG file (extra: plot).")
     ] = None,
     json_output: Json = False,
 ) -> int:
-    """Time the experts beside transformers' own, on the same draws, against measured floors."""
+    """Time whole layers against measured floors; on a CPU, beside transformers' own experts too."""
     from moelten.commands import bench
+    from moelten.commands.bench_records import TOLERANCE, is_right
+    from moelten.commands.bench_workload import find_shape
     from moelten.commands.describe import find_scheme
     from moelten.commands.doctor import require_extra
     from moelten.commands.plot import draw
 
-    bench.check_device(device.value)
     if plot is not None:
         require_extra("plot", "--plot")
+    where = bench.choose_device(device.value if device else None)
+    default = bench.DEFAULTS[where]
     sizes = {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -301,34 +311,49 @@ def bench_command(
         "top_k": top_k,
     }
     given = {name: size for name, size in sizes.items() if size is not None}
-    chosen = bench.find_shape(shape, given)
-    schemes = [find_scheme(name) for name in scheme.split(",")]
-    counts = [_count(text) for text in tokens.split(",")]
-    with terminal.show_progress(1 + len(schemes) * (1 + len(counts))) as progress:
-        records = list(
-            bench.run(
-                schemes,
-                chosen,
-                counts,
-                routing=routing,
-                backend=backend,
-                seconds=seconds,
-                seed=seed,
-                progress=progress,
-            )
-        )
-    if output is not None:
-        output.write_text(json.dumps(records, indent=1) + "\n")
+    counts = [_count(text) for text in _listed(tokens or [default.tokens])]
+    layers = bench.choose_layers(
+        [find_scheme(name) for name in _listed(scheme)],
+        [find_shape(name, given) for name in _listed(shape or [default.shape])],
+        device=where,
+        backend=backend,
+        skipped=lambda reason: typer.echo(f"skipped {reason}", err=True),
+    )
+    records = []
+    with terminal.show_progress() as progress:
+        for record in bench.run(
+            layers,
+            counts,
+            routings=_listed(routing),
+            device=where,
+            backend=backend,
+            seconds=default.seconds if seconds is None else seconds,
+            seed=seed,
+            progress=progress,
+        ):
+            records.append(record)
+            if output is not None:
+                output.write_text(terminal.json_text(records) + "\n")
     if plot is not None:
         draw(records, plot)
     if json_output:
         terminal.print_json(records)
     else:
         terminal.print_bench(records)
-    return OK
+    wrong = [r for r in records if not is_right(r)]
+    for r in wrong:
+        point = f"{r['scheme']} at {r['shape']}, {r['routing']}, {r['tokens']} tokens"
+        error = f"relative error {r['rel_error']:.2e} is above {TOLERANCE:.1e}"
+        typer.echo(f"error: {point}: {error}; its time counts for nothing", err=True)
+    return CHECK_FAILED if wrong else OK
+
+
+def _listed(texts: list[str]) -> list[str]:
+    """The parts of an option that was repeated or given with commas."""
+    return [part.strip() for text in texts for part in text.split(",")]
 
 
 def _count(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.isdigit() or int(text) < 1:
         raise ValueError(f"--tokens takes numbers such as 1,16,128, got {text!r}")
     return int(text)

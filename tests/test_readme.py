@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
+
+import pytest
 
 from moelten.formats import SCHEMES
 
@@ -20,12 +23,52 @@ def test_first_example_runs_in_ten_lines():
     assert names["y"].shape == (16, 256)
 
 
-def test_speed_table_is_generated_from_the_results():
+@pytest.fixture(scope="module")
+def generator():
+    """benchmarks/readme.py as a module."""
     path = ROOT / "benchmarks" / "readme.py"
     spec = importlib.util.spec_from_file_location("readme", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.with_table(README) == README
+    return module
+
+
+def test_speed_tables_are_generated_from_the_results(generator):
+    assert generator.with_tables(README) == README
+
+
+def test_results_of_a_gpu_become_a_table_per_shape(generator, tmp_path):
+    results = ROOT / "benchmarks" / "results"
+    for name in ("cpu.json", "gpu-tests.json"):
+        (tmp_path / name).write_bytes((results / name).read_bytes())
+    cpu = json.loads((tmp_path / "cpu.json").read_text())
+    before = generator.speed_section(tmp_path)
+    assert before == generator.cpu_table(cpu)
+    gpu = {"gpu": "NVIDIA H200", "mma_type": "bf16", "backend": "triton", "read_gbps": 4570.0}
+    records = [
+        r | gpu | {"shape": shape, "tokens": 4 * r["tokens"], "us": us, "percent_of_floor": 61.7}
+        for r in cpu
+        for shape, us in (("A", 12.4), ("gpt-oss-120b", 345.6))
+    ][:-1]
+    (tmp_path / "h200-triton.json").write_text(json.dumps(records))
+    section = generator.speed_section(tmp_path)
+    assert section.endswith("\n" + before) and section.startswith("Whole MoE on one NVIDIA H200: ")
+    assert "| scheme | backend | T=4 | T=64 | T=512 |\n|---|---|---|---|---|\n" in section
+    assert section.count("| `int4g32_bf16` | triton | 12 (62 %) | 12 (62 %) | 12 (62 %) |") == 1
+    assert "| `mxfp4_bf16` | triton | 346 (62 %) | 346 (62 %) |  |" in section
+    assert "\nA: E=32, H=2048, I=1024, top-4, uniform routing.\n" in section
+    for fact in (
+        "4.57 TB/s",
+        f"torch {cpu[0]['torch']}",
+        cpu[0]["commit"][:7],
+        cpu[0]["date"][:10],
+    ):
+        assert fact in section
+    assert "![" not in section
+    (tmp_path / "h200-triton.png").write_bytes(b"")
+    assert "](benchmarks/results/h200-triton.png)" in generator.speed_section(tmp_path)
+    edited = [r | {"commit": f"{r['commit']}-dirty"} for r in records]
+    assert f"{cpu[0]['commit'][:7]}-dirty" in generator.gpu_tables(edited, tmp_path / "x.json")
 
 
 def test_support_matrix_names_every_format():

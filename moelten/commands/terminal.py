@@ -17,7 +17,12 @@ import typer
 
 
 def print_json(record: Any) -> None:
-    """Print a JSON value; JSON has no NaN or infinity, so those become null."""
+    """Print a JSON value."""
+    typer.echo(json_text(record))
+
+
+def json_text(record: Any) -> str:
+    """A JSON value as text; JSON has no NaN or infinity, so those become null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -26,7 +31,7 @@ def print_json(record: Any) -> None:
             return [plain(part) for part in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    typer.echo(json.dumps(plain(record), indent=1))
+    return json.dumps(plain(record), indent=1)
 
 
 def print_table(columns: list[str], rows: list[list[str]]) -> None:
@@ -175,39 +180,43 @@ def print_entries(entries: dict[str, Any], indent: int = 0) -> None:
 
 def print_bench(records: list[dict[str, Any]]) -> None:
     first = records[0]
+    rates = {r["mma_type"]: r["mma_tflops"] for r in records}
     typer.echo(
-        f"{first['device']}, {first['threads']} threads: reads {first['read_gbps']} GB/s, "
-        f"bf16 matmul {first['mma_tflops']} TFLOP/s"
+        f"{first['device']}"
+        + (f", {first['threads']} threads" if "threads" in first else "")
+        + f": reads {first['read_gbps']} GB/s, multiplies "
+        + ", ".join(f"{name} at {rate}" for name, rate in rates.items())
+        + " TFLOP/s"
     )
-    typer.echo(
-        f"E={first['num_experts']}, H={first['hidden_size']}, I={first['intermediate_size']}, "
-        f"top-{first['top_k']}, {first['routing']} routing"
-    )
-    columns = ["scheme", "tokens", "us", "p10", "p90", "GB/s", "% of floor", "rel. error", "memory"]
-    rows = [
-        [
-            r["scheme"],
-            str(r["tokens"]),
-            f"{r['us']:.0f}",
-            f"{r['us_p10']:.0f}",
-            f"{r['us_p90']:.0f}",
-            f"{r['weight_gbps']:.2f}",
-            f"{r['percent_of_floor']:.1f}",
-            f"{r['rel_error']:.2e}",
-            format_bytes(r["packed_bytes"]),
-            *(
-                [
-                    f"{r['baseline_us']:.0f}",
-                    format_bytes(r["baseline_bytes"]),
-                    f"{r['speedup']:.2f}",
-                ]
-                if r["baseline"]
-                else ["-", "-", "-"]
-            ),
-            r["baseline"] or "none",
-        ]
-        for r in records
-    ]
-    print_table([*columns, "baseline us", "memory", "speedup", "baseline"], rows)
-    for reason in dict.fromkeys(r["baseline_missing"] for r in records if r["baseline_missing"]):
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in records:
+        groups.setdefault((r["shape"], r["routing"]), []).append(r)
+    for (shape, routing), group in groups.items():
+        sizes = "E={num_experts}, H={hidden_size}, I={intermediate_size}, top-{top_k}"
+        typer.echo(f"\n{shape}: {sizes.format(**group[0])}, {routing} routing")
+        columns = _BENCH_COLUMNS | (_BASELINE_COLUMNS if "baseline" in first else {})
+        print_table(list(columns), [[text(r) for text in columns.values()] for r in group])
+    reasons = (r.get("baseline_missing") for r in records)
+    for reason in dict.fromkeys(reason for reason in reasons if reason):
         typer.echo(f"no baseline: {reason}")
+
+
+_BENCH_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "scheme": lambda r: str(r["scheme"]),
+    "tokens": lambda r: str(r["tokens"]),
+    "backend": lambda r: str(r["backend"]),
+    "us": lambda r: f"{r['us']:.1f}",
+    "p10": lambda r: f"{r['us_p10']:.1f}",
+    "p90": lambda r: f"{r['us_p90']:.1f}",
+    "GB/s": lambda r: f"{r['weight_gbps']:.1f}",
+    "TFLOP/s": lambda r: f"{r['tflops']:.3g}",
+    "% of floor": lambda r: f"{r['percent_of_floor']:.1f}",
+    "rel. error": lambda r: f"{r['rel_error']:.2e}",
+    "memory": lambda r: format_bytes(r["packed_bytes"]),
+}
+_BASELINE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "baseline us": lambda r: f"{r['baseline_us']:.0f}" if r["baseline"] else "-",
+    "bf16 memory": lambda r: format_bytes(r["baseline_bytes"]) if r["baseline"] else "-",
+    "speedup": lambda r: f"{r['speedup']:.2f}" if r["baseline"] else "-",
+    "baseline": lambda r: r["baseline"] or "none",
+}
