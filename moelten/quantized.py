@@ -102,9 +102,10 @@ def _by_triton(x: Tensor, fmt: Format, scale: Tensor | None, scale_layout: str) 
             "quantize_activations on a GPU needs Triton: pip install 'moelten[triton]'; "
             "moelten.quantize does without"
         )
+    from moelten.kernels.triton import on_device
     from moelten.kernels.triton_ops import quantize_rows
 
-    with torch.cuda.device(x.device):
+    with on_device(x.device):
         rows = quantize_rows(x, fmt, static_scale=scale, scale_layout=scale_layout)
     assert rows.scale is not None and fmt.scale_dtype is not None
     scales, global_scale = rows.scale.view(fmt.scale_dtype), rows.global_scale

@@ -9,14 +9,23 @@ from pathlib import Path
 
 import pytest
 
+SUITES = (
+    "test_triton.py",
+    "test_triton_fuzz.py",
+    "test_triton_quantized.py",
+    "test_triton_routing.py",
+    "test_triton_workspace.py",
+    "test_stages.py",
+)
+
 
 def test_the_contract_in_the_interpreter():
     pytest.importorskip("triton")
-    suites = [
-        str(Path(__file__).with_name(n)) for n in ("test_triton.py", "test_triton_routing.py")
-    ]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *suites],
+        [
+            *(sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"),
+            *(str(Path(__file__).with_name(name)) for name in SUITES),
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

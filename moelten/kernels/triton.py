@@ -92,13 +92,13 @@ class TritonBackend:
         for part, chunk in _chunks(routing, step):
             take = Arena(workspace).take
             stages = _lay_out(take, spec, chunk.num_tokens, chunk.top_k, chunk.on_input)
-            with _on(x.device):
+            with on_device(x.device):
                 _run_chunk(x[part], experts, chunk, stages, out[part])
 
     def gemm1(self, x: Tensor, experts: PackedExperts, routing: Routing, hidden: Tensor) -> None:
         """`stages.gemm1`, into hidden [T, k, I] of zeros."""
         for part, chunk in _chunks(routing, _step(experts.spec, routing)):
-            with _on(x.device):
+            with on_device(x.device):
                 rows, per_source = _input_rows(x[part], experts, chunk)
                 _gemm1(rows, per_source, experts, _plan(experts.spec, chunk), hidden[part])
 
@@ -107,7 +107,7 @@ class TritonBackend:
     ) -> None:
         """`stages.gemm2`, into slots [T, k, H] of zeros."""
         for part, chunk in _chunks(routing, _step(experts.spec, routing)):
-            with _on(hidden.device):
+            with on_device(hidden.device):
                 rows = _hidden_rows(hidden[part].flatten(0, 1), experts, chunk)
                 _gemm2(rows, experts, chunk, _plan(experts.spec, chunk), slots[part])
 
@@ -115,7 +115,7 @@ class TritonBackend:
         """`stages.combine`, into out [T, H]."""
         from moelten.kernels import triton_ops
 
-        with _on(out.device):
+        with on_device(out.device):
             triton_ops.combine(slots, routing.ids, *_local(experts.spec), out)
 
 
@@ -181,7 +181,8 @@ def _chunks(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]:
         yield part, Routing(routing.ids[part], routing.weights[part], routing.on_input)
 
 
-def _on(device: torch.device) -> AbstractContextManager[None]:
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Launch there: Triton launches on torch's current GPU, whichever holds the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 

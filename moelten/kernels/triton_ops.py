@@ -91,7 +91,8 @@ def make_tile_plan(
     return plan
 
 
-@triton.jit
+# Sizes that follow the tokens: one compiled kernel serves them all.
+@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
 def small_plan_kernel(
     ids_ptr, pairs_ptr, tiles_ptr, count_ptr, size, num_experts, first_expert, max_tiles,
     BLOCK: tl.constexpr, SIZE: tl.constexpr,
@@ -118,7 +119,7 @@ def small_plan_kernel(
     tl.store(count_ptr, tl.sum(starts.to(tl.int32)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "first_expert"])
 def count_kernel(ids_ptr, counts_ptr, size, first_expert, SCAN: tl.constexpr):
     """How many pairs each expert has; one program per expert scans all ids."""
     expert = tl.program_id(0)
@@ -133,7 +134,7 @@ def count_kernel(ids_ptr, counts_ptr, size, first_expert, SCAN: tl.constexpr):
     tl.store(counts_ptr + expert, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
 def place_kernel(
     ids_ptr, counts_ptr, pairs_ptr, tiles_ptr, count_ptr,
     size, num_experts, first_expert, max_tiles,

@@ -7,7 +7,6 @@ Weights follow the same formulas; only the order of a sum over the selected may 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moelten.kernels.triton import on_device
 from moelten.kernels.triton_casts import widen
 from moelten.routing import METHODS, Routing
 
@@ -74,7 +74,7 @@ def route(
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens:
-        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        with on_device(logits.device):
             route_kernel[(tokens,)](
                 logits.contiguous(), None if bias is None else bias.contiguous(), ids, weights,
                 routed_scaling_factor,
