@@ -1,9 +1,10 @@
 """Run the GPU tests and write benchmarks/results/gpu-tests.json: `python benchmarks/gpu_tests.py`.
 
-Needs a GPU and a plain pytest. COMMIT in the environment names the commit where git cannot. Two
-runs: everything marked `gpu` in tests/, and the suites of the Triton kernels, which choose the GPU
-by themselves. What does not run is named: files that cannot be imported (an extra is missing), with
-the reason, and skipped tests. A file that holds GPU tests and cannot be imported is a failure.
+Needs a GPU and a plain pytest. COMMIT in the environment names the commit where git cannot. First
+everything marked `gpu` in tests/, alone; then the suites of the Triton kernels, which choose the
+GPU by themselves, side by side (compiling is what takes the time). What does not run is named:
+files that cannot be imported (an extra is missing), with the reason, and skipped tests. A file that
+holds GPU tests and cannot be imported is a failure.
 """
 
 from __future__ import annotations
@@ -14,27 +15,23 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-
-import torch
-import triton
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
-# Compiled for other GPUs, and the interpreter's own: no kernel runs on a GPU there.
-ELSEWHERE = {"test_triton_compile.py", "test_triton_interpreter.py"}
+# Compiled for other GPUs, the interpreter's own, and one with nothing but marked tests.
+ELSEWHERE = {"test_triton_compile.py", "test_triton_interpreter.py", "test_triton_gpu.py"}
+WORKERS = 6
 
 
-def suites() -> list[str]:
-    """Test files of Triton kernels, and those of the public stages, which run on any device."""
+def suites() -> list[Path]:
+    """Test files of Triton kernels, and that of the public stages, which run on any device."""
     found = {p.name for p in TESTS.glob("test_triton*.py")} - ELSEWHERE
-    return [str(TESTS / name) for name in sorted(found | {"test_stages.py"})]
-
-
-def runs() -> list[list[str]]:
-    return [["-m", "gpu", str(TESTS)], ["-m", "not gpu", *suites()]]
+    return [TESTS / name for name in sorted(found | {"test_stages.py"})]
 
 
 def commit() -> str:
@@ -44,17 +41,24 @@ def commit() -> str:
     return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run(arguments: list[str], report: Path) -> dict[str, Any]:
+def run(arguments: list[str], workers: int = 1) -> dict[str, Any]:
     """One pytest run: its counts, and the names of what failed, was skipped or not imported."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
-    command += ["--continue-on-collection-errors", f"--junitxml={report}", *arguments]
-    done = subprocess.run(command, check=False, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    print(done.stdout, flush=True)
-    record = summary(ElementTree.parse(report))
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
+        command += ["--continue-on-collection-errors", f"--junitxml={report}", *arguments]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(
+            command, check=False, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        )
+        print(done.stdout, flush=True)
+        if not report.exists():
+            return {"command": arguments, "tests": 0, "failed": ["pytest wrote no report"]}
+        record = summary(ElementTree.parse(report))
     deselected = re.search(r"(\d+) deselected", done.stdout)
     return {
         "command": [Path(a).name for a in arguments],
-        "exit": done.returncode,
         **record,
         "deselected": int(deselected[1]) if deselected else 0,
     }
@@ -93,17 +97,27 @@ def holds_gpu_tests(module: str) -> bool:
 
 
 def main(target: Path) -> int:
-    found = [run(arguments, target.with_suffix(".xml")) for arguments in runs()]
-    target.with_suffix(".xml").unlink()
+    import torch
+    import triton
+
+    found = [run(["-m", "gpu", str(TESTS)])]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found += pool.map(lambda path: run(["-m", "not gpu", str(path)], WORKERS), suites())
     record = {
         "commit": commit(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "tests": sum(r["tests"] for r in found),
+        "failed": sum(len(r["failed"]) for r in found),
         "runs": found,
     }
     target.write_text(json.dumps(record, indent=1) + "\n")
+    print(
+        *(f"{r['tests']:5} {len(r['failed']):3} failed  {r['command'][-1]}" for r in found),
+        sep="\n",
+    )
     return int(any(r["failed"] or not r["tests"] for r in found))
 
 

@@ -129,6 +129,17 @@ def test_no_tokens():
     assert run(experts, x, routing, filled(needed(experts, 0))).shape == (0, 64)
 
 
+def test_the_operator_says_what_it_writes():
+    _, experts, x, routing = make("mxfp4_bf16", tokens=2)
+    tensors = list(experts.tensors.values())
+    signature = f"{experts.signature}\ntriton"
+    inputs = (x, routing.ids, routing.weights, False, tensors, signature)
+    torch.library.opcheck(
+        torch.ops.moelten.fused_moe_out.default,
+        (*inputs, torch.zeros_like(x), filled(needed(experts, 2))),
+    )
+
+
 # On a GPU alone.
 
 LAYERS = {
