@@ -1,27 +1,37 @@
 """Run the GPU tests and write benchmarks/results/gpu-tests.json: `python benchmarks/gpu_tests.py`.
 
-Needs a GPU and a plain pytest. COMMIT in the environment names the commit where git cannot.
+Needs a GPU and a plain pytest. COMMIT in the environment names the commit where git cannot. First
+everything marked `gpu` in tests/, alone; then the suites of the Triton kernels, which choose the
+GPU by themselves, side by side (compiling is what takes the time). What does not run is named:
+files that cannot be imported (an extra is missing), with the reason, and skipped tests. A file that
+holds GPU tests and cannot be imported is a failure.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
-
-import torch
-import triton
+from tempfile import TemporaryDirectory
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
-RUNS = (
-    ["-m", "gpu", str(TESTS / "test_triton_gpu.py")],
-    [str(TESTS / "test_triton.py"), str(TESTS / "test_triton_routing.py")],
-)
+# Compiled for other GPUs, the interpreter's own, and one with nothing but marked tests.
+ELSEWHERE = {"test_triton_compile.py", "test_triton_interpreter.py", "test_triton_gpu.py"}
+WORKERS = 6
+
+
+def suites() -> list[Path]:
+    """Test files of Triton kernels, and that of the public stages, which run on any device."""
+    found = {p.name for p in TESTS.glob("test_triton*.py")} - ELSEWHERE
+    return [TESTS / name for name in sorted(found | {"test_stages.py"})]
 
 
 def commit() -> str:
@@ -31,32 +41,84 @@ def commit() -> str:
     return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run(arguments: list[str], report: Path) -> dict[str, object]:
-    """One pytest run: its counts and the names of what failed."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider"]
-    subprocess.run([*command, "-q", f"--junitxml={report}", *arguments], check=False, cwd=ROOT)
-    suite = ElementTree.parse(report).getroot().find("testsuite")
-    assert suite is not None
-    cases = suite.findall("testcase")
-    bad = [c.get("name") for c in cases if {e.tag for e in c} & {"failure", "error"}]
-    skipped = [c.get("name") for c in cases if c.find("skipped") is not None]
-    counts = {"tests": len(cases), "failed": bad, "skipped": skipped, "seconds": suite.get("time")}
-    return {"command": [Path(a).name for a in arguments], **counts}
+def run(arguments: list[str], workers: int = 1) -> dict[str, Any]:
+    """One pytest run: its counts, and the names of what failed, was skipped or not imported."""
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
+        command += ["--continue-on-collection-errors", f"--junitxml={report}", *arguments]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(
+            command, check=False, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        )
+        print(done.stdout, flush=True)
+        if not report.exists():
+            return {"command": arguments, "tests": 0, "failed": ["pytest wrote no report"]}
+        record = summary(ElementTree.parse(report))
+    deselected = re.search(r"(\d+) deselected", done.stdout)
+    return {
+        "command": [Path(a).name for a in arguments],
+        **record,
+        "deselected": int(deselected[1]) if deselected else 0,
+    }
+
+
+def summary(report: Any) -> dict[str, Any]:
+    """What a junit report says: a case without a class is a file that was not collected."""
+    suite = report.getroot().find("testsuite")
+    files, cases = [], []
+    for case in suite.findall("testcase"):
+        (cases if case.get("classname") else files).append(case)
+    missing = {c.get("name"): reason(c) for c in files if c.find("error") is not None}
+    skipped = [c for c in (*files, *cases) if c.find("skipped") is not None]
+    failed = [c.get("name") for c in cases if {e.tag for e in c} & {"failure", "error"}]
+    failed += [f"{name}: {why}" for name, why in missing.items() if holds_gpu_tests(name)]
+    return {
+        "tests": len(cases),
+        "failed": failed,
+        "skipped": {c.get("name"): reason(c) for c in skipped},
+        "not_imported": missing,
+        "seconds": float(suite.get("time")),
+    }
+
+
+def reason(case: Any) -> str:
+    """The last line of an error, or why a test was skipped."""
+    entry = case.find("error") if case.find("error") is not None else case.find("skipped")
+    lines = (entry.text or entry.get("message") or "").strip().splitlines()
+    return lines[-1].removeprefix("E").strip() if lines else "no reason given"
+
+
+def holds_gpu_tests(module: str) -> bool:
+    """Whether the file of a dotted test module has tests with the mark."""
+    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    return not path.exists() or "mark.gpu" in path.read_text()
 
 
 def main(target: Path) -> int:
-    runs = [run(arguments, target.with_suffix(".xml")) for arguments in RUNS]
-    target.with_suffix(".xml").unlink()
+    import torch
+    import triton
+
+    found = [run(["-m", "gpu", str(TESTS)])]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found += pool.map(lambda path: run(["-m", "not gpu", str(path)], WORKERS), suites())
     record = {
         "commit": commit(),
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "runs": runs,
+        "tests": sum(r["tests"] for r in found),
+        "failed": sum(len(r["failed"]) for r in found),
+        "runs": found,
     }
     target.write_text(json.dumps(record, indent=1) + "\n")
-    return int(any(r["failed"] for r in runs))
+    print(
+        *(f"{r['tests']:5} {len(r['failed']):3} failed  {r['command'][-1]}" for r in found),
+        sep="\n",
+    )
+    return int(any(r["failed"] or not r["tests"] for r in found))
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ class FlippedBackend(CpuBackend):
     name = "flipped"
     layout = FlippedLayout()
 
-    def run(self, x, experts, routing, out):
+    def run(self, x, experts, routing, out, workspace=None):
         out.copy_(moe.fused_moe(x, moe.pack(experts.unpack(), backend="cpu"), routing))
 
 

@@ -13,6 +13,7 @@ if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
 pytest.importorskip("triton")
 
+from moelten import router  # noqa: E402
 from moelten.kernels.triton_routing import route  # noqa: E402
 from moelten.routing import METHODS  # noqa: E402
 
@@ -82,3 +83,109 @@ def test_errors_are_those_of_the_method():
     with pytest.raises(ValueError, match="expected top_k=1"):
         route("llama4", torch.zeros(2, 4, device=DEVICE), 2)
     assert route("topk_raw", torch.zeros(0, 4, device=DEVICE), 2).ids.shape == (0, 2)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """In the interpreter, the public functions launch as they do on a GPU."""
+    if INTERPRET:
+        monkeypatch.setattr(router, "_launches", lambda logits: True)
+
+
+def arguments(method: str, experts: int) -> tuple[int, dict]:
+    """top_k, and a bias where the method takes one."""
+    bias = {"bias": torch.randn(experts, device=DEVICE) * 0.3} if method in BIASED else {}
+    return 1 if method == "llama4" else 4, bias
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_public_functions_launch(method, launches):
+    logits = hard_logits(24, 32).to(DEVICE)
+    top_k, bias = arguments(method, 32)
+    found = router.METHODS[method](logits, top_k, **bias)
+    kernel = route(method, logits, top_k, **bias)
+    assert torch.equal(found.ids, kernel.ids)
+    assert torch.equal(found.weights.nan_to_num(), kernel.weights.nan_to_num())
+    assert found.on_input == (method == "llama4")
+
+
+def test_every_option_reaches_the_kernel(launches):
+    logits, bias = hard_logits(24, 16).to(DEVICE), torch.randn(16, device=DEVICE)
+    options = {"num_expert_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+    for norm in (True, False):
+        found = router.deepseek_v3(logits, 3, bias, norm_topk_prob=norm, **options)
+        wanted = METHODS["deepseek_v3"](logits.cpu(), 3, bias.cpu(), norm_topk_prob=norm, **options)
+        assert torch.equal(found.ids.cpu(), wanted.ids)
+        torch.testing.assert_close(found.weights.cpu(), wanted.weights, equal_nan=True)
+
+
+def test_a_strided_bias(launches):
+    logits, wide = hard_logits(24, 16).to(DEVICE), torch.randn(32, device=DEVICE)
+    found = router.minimax2(logits, 3, wide[::2])
+    assert torch.equal(found.ids, router.minimax2(logits, 3, wide[::2].contiguous()).ids)
+
+
+def test_public_errors(launches):
+    logits = torch.zeros(2, 4, device=DEVICE)
+    for call, message in (
+        (lambda: router.topk_softmax(logits, 5), "top_k: expected an int in 1..4"),
+        (lambda: router.topk_softmax(logits, 2.0), "top_k: expected an int"),
+        (lambda: router.topk_softmax(logits.int(), 2), "logits: expected float32"),
+        (lambda: router.llama4(logits, 2), "expected top_k=1"),
+        (lambda: router.minimax2(logits, 2, torch.zeros(3, device=DEVICE)), "bias: expected"),
+        (lambda: router.deepseek_v3(logits, 2, num_expert_group=3), "num_expert_group to divide"),
+    ):
+        # Once is not enough: an error must not be remembered as a success.
+        for _ in range(2):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def test_compile_and_opcheck(launches):
+    logits = hard_logits(24, 16).to(DEVICE)
+
+    def layer(logits):
+        routing = router.topk_softmax(logits * 2, 3)
+        return routing.ids, routing.weights + 1
+
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for rows in (24, 7):
+        found, wanted = compiled(logits[:rows]), layer(logits[:rows])
+        assert torch.equal(found[0], wanted[0])
+        torch.testing.assert_close(found[1], wanted[1], equal_nan=True)
+    torch.library.opcheck(torch.ops.moelten.route.default, (logits[::6], "topk_raw", 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_captured_without_a_sync(method):
+    """From the first call, one kernel, and nothing that waits for the device."""
+    logits = hard_logits(50, 128).to(DEVICE)
+    top_k, bias = arguments(method, 128)
+    function = router.METHODS[method]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = function(logits, top_k, **bias)
+    fresh = hard_logits(50, 128, seed=9).to(DEVICE)
+    logits.copy_(fresh)
+    graph.replay()
+    assert torch.equal(found.ids, function(fresh, top_k, **bias).ids)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        function(fresh, top_k, **bias)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function(fresh, top_k, **bias)
+        torch.cuda.synchronize()
+    kernels = [e.key for e in profile.key_averages() if e.self_device_time_total > 0]
+    assert kernels == ["route_kernel"], kernels
+
+
+@pytest.mark.gpu
+def test_a_gradient_takes_the_method_itself():
+    logits = torch.randn(5, 8, device="cuda", requires_grad=True)
+    router.topk_softmax(logits, 2).weights.sum().backward()
+    assert logits.grad is not None

@@ -1,0 +1,54 @@
+"""The GPU report names whatever did not run: no file is left out in silence."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+FILES = {
+    "test_missing.py": "import nothing_of_this_name\n",
+    "test_lost.py": "import nothing_of_this_name, pytest\n@pytest.mark.gpu\ndef test_a(): pass\n",
+    "test_optional.py": "import pytest\npytest.importorskip('nothing_of_this_name')\n",
+    "test_some.py": (
+        "import pytest\n"
+        "@pytest.mark.gpu\ndef test_good(): pass\n"
+        "@pytest.mark.gpu\ndef test_bad(): assert False\n"
+        "@pytest.mark.gpu\ndef test_later(): pytest.skip('not today')\n"
+        "def test_elsewhere(): pass\n"
+    ),
+}
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_tests", BENCHMARKS / "gpu_tests.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    (tmp_path / "tests").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / "tests" / name).write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def test_nothing_is_left_out_in_silence(script, tmp_path):
+    found = script.run(["-m", "gpu", str(tmp_path / "tests")])
+    missing = "ModuleNotFoundError: No module named 'nothing_of_this_name'"
+    assert found["tests"] == 3 and found["deselected"] == 1
+    assert found["failed"] == ["test_bad", f"tests.test_lost: {missing}"]
+    assert found["not_imported"] == dict.fromkeys(
+        ("tests.test_lost", "tests.test_missing"), missing
+    )
+    assert set(found["skipped"]) == {"tests.test_optional", "test_later"}
+    assert "not today" in found["skipped"]["test_later"]
+    assert "nothing_of_this_name" in found["skipped"]["tests.test_optional"]
+
+
+def test_every_suite_of_the_kernels_is_run(script):
+    names = {path.name for path in script.suites()}
+    assert {"test_triton.py", "test_triton_fuzz.py", "test_triton_routing.py"} <= names
+    assert "test_stages.py" in names and "test_triton_compile.py" not in names
