@@ -23,10 +23,10 @@ from moelten.kernels.triton_casts import (
     dot,
     load_scale,
     round_to,
-    widen,
 )
-from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue, activate, finish
+from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue, finish, store_pairs
 from moelten.kernels.triton_ops import Rows, TilePlan
+from moelten.kernels.triton_scaled import scaled_constants, scaled_gemm_kernel
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.qtensor import QTensor
 
@@ -55,8 +55,10 @@ def grouped_gemm(
     table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
     alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
     launch = {} if INTERPRET else {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    gemm_kernel[(plan.max_tiles * tiles_n,)](
-        as_bytes(matrix.data), as_bytes(matrix.scale), matrix.zero, matrix.global_scale,
+    kernel = scaled_gemm_kernel if variant.block_scaled else gemm_kernel
+    zero = () if variant.block_scaled else (matrix.zero,)
+    kernel[(plan.max_tiles * tiles_n,)](
+        as_bytes(matrix.data), as_bytes(matrix.scale), *zero, matrix.global_scale,
         rows.data, rows.scale, rows.global_scale,
         plan.pairs, plan.tiles, plan.count, plan.max_tiles,
         epilogue.bias, table, epilogue.post_scale,
@@ -77,6 +79,8 @@ def as_bytes(part: Tensor | None) -> Tensor | None:
 
 def constants(variant: Variant) -> dict[str, object]:
     """The kernel's compile-time arguments that a variant decides."""
+    if variant.block_scaled:
+        return scaled_constants(variant)
     w, a = variant.weights, variant.activations
     operand = {
         "bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32,
@@ -287,15 +291,7 @@ def gemm_kernel(
             acc1, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix + 1, n, inside_n,
             w_scale_row + SCALE_HALF, N, W_SCALE, W_MODE, A_MODE, NATIVE,
         )  # fmt: skip
-    if table_ptr is not None:
-        alpha = tl.load(table_ptr + expert * 3)
-        beta = tl.load(table_ptr + expert * 3 + 1)
-        limit = tl.load(table_ptr + expert * 3 + 2)
-    y = activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
-    if post_ptr is not None:
-        y = y * tl.load(post_ptr + expert * N + n, mask=inside_n, other=0.0)[:, None]
-    if router_ptr is not None:
-        y = y * widen(tl.load(router_ptr + pair, mask=inside_m, other=0.0))[None, :]
-    y = round_to(y, out_ptr.dtype.element_ty)
-    at = pair[None, :] * N + n[:, None]
-    tl.store(out_ptr + at, y, mask=inside_n[:, None] & inside_m[None, :])
+    store_pairs(
+        h0, h1, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit,
+        expert, pair, inside_m, n, inside_n, N, ACTIVATION, LIMITED,
+    )  # fmt: skip

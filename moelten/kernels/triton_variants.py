@@ -43,6 +43,18 @@ class Target:
             return int(self.arch) >= 100
         return self.native_fp8
 
+    def multiplies_blocks(self, weights: Format, activations: Format) -> bool:
+        """Whether a matrix instruction takes both codes and their blocks' scales."""
+        blackwell = self.backend == "cuda" and int(self.arch) // 10 == 10
+        if isinstance(weights, NVFP4):
+            # AMD's has e8m0 scales for 32 columns only.
+            return blackwell and isinstance(activations, NVFP4)
+        if not (blackwell or (self.backend == "hip" and str(self.arch).startswith("gfx950"))):
+            return False
+        # A scale per token is constant along K: those activations enter the product unscaled.
+        by_token = isinstance(activations, FP8) and activations.block[1] is None
+        return isinstance(weights, MXFP4 | MXFP8) and (isinstance(activations, MXFP8) or by_token)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -51,7 +63,7 @@ class Side:
     codes:     "float", "int4", "e2m1", "int8" or "e4m3"
     scale:     "float", "e8m0" or "e4m3"
     mode:      "none"; "row": constant along K; "group": scales each group's product; "fold":
-               multiplies the codes
+               multiplies the codes; "dot": the matrix instruction multiplies by it
     group:     columns per scale (all of them in mode "row")
     row_block: rows per scale, 0 for all
     """
@@ -65,7 +77,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything about a GEMM that is fixed when it is compiled, but for its shape."""
+    """Everything about a GEMM that is fixed when it is compiled, but for its shape.
+
+    operand:  type of what the matrix instructions take, "blocks" for codes with blocks' scales
+    """
 
     weights: Side
     activations: Side
@@ -76,6 +91,11 @@ class Variant:
     block_k: int
     num_warps: int
     num_stages: int
+
+    @property
+    def block_scaled(self) -> bool:
+        """Whether `triton_scaled` runs it; `triton_gemm` runs all others."""
+        return self.operand == "blocks"
 
 
 @lru_cache(maxsize=1)
@@ -102,6 +122,8 @@ def make_variant(
     """The variant for a scheme, for tiles of `tokens` pairs and a matrix of `halves`."""
     operand = _operand(weights, activations, target)
     sides = _side(weights, operand), _side(activations, operand)
+    if operand == "blocks":
+        return _block_scaled(sides, target, tokens, halves)
     block_k = _block_k(sides, operand)
     if operand in ("e4m3", "int8") and block_k < _MIN_8BIT_BLOCK_K:
         # 8-bit matrix instructions take 32 columns; bf16 holds the same codes and takes 16.
@@ -126,7 +148,18 @@ def make_variant(
     )
 
 
+def _block_scaled(sides: tuple[Side, Side], target: Target, tokens: int, halves: int) -> Variant:
+    # Blackwell's instruction demands 128 rows: of both halves, where there are two.
+    block_n, num_stages = (128 // halves, 3) if target.backend == "cuda" else (64, 2)
+    num_warps = 8 if tokens >= 64 else 4
+    # 128 bytes of a row where both operands hold e2m1.
+    block_k = 256 if sides[0].codes == sides[1].codes == "e2m1" else 128
+    return Variant(*sides, "blocks", True, "ieee", block_n, block_k, num_warps, num_stages)
+
+
 def _operand(weights: Format, activations: Format, target: Target) -> str:
+    if target.multiplies_blocks(weights, activations):
+        return "blocks"
     if isinstance(activations, Float):
         return activations.name
     # e2m1 times its block scale is exact in bf16, and so is every 8-bit code: one product for all.
@@ -147,7 +180,8 @@ def _side(fmt: Format, operand: str) -> Side:
         # NOTE: fp16 has not the exponents for e8m0 scales, but for e4m3 ones it has.
         fold = operand in ("bf16", "fp32") or (operand == "fp16" and isinstance(fmt, NVFP4))
         codes = "e4m3" if isinstance(fmt, MXFP8) else "e2m1"
-        return Side(codes, scale, "fold" if fold else "group", group or 0)
+        mode = "dot" if operand == "blocks" else "fold" if fold else "group"
+        return Side(codes, scale, mode, group or 0)
     assert isinstance(fmt, Int4 | Int8 | FP8)
     codes = {Int4: "int4", Int8: "int8", FP8: "e4m3"}[type(fmt)]
     if group is None:
