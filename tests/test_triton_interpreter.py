@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+SUITES = ("test_triton.py", "test_triton_scaled.py", "test_triton_routing.py")
+
 
 def test_the_contract_in_the_interpreter():
     pytest.importorskip("triton")
-    suites = [
-        str(Path(__file__).with_name(n)) for n in ("test_triton.py", "test_triton_routing.py")
-    ]
+    suites = [str(Path(__file__).with_name(name)) for name in SUITES]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *suites],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},

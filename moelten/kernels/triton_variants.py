@@ -47,6 +47,7 @@ class Target:
         """Whether a matrix instruction takes both codes and their blocks' scales."""
         blackwell = self.backend == "cuda" and int(self.arch) // 10 == 10
         if isinstance(weights, NVFP4):
+            # NOTE: Blackwell's e4m3 scales have no sign; no quantizer makes negative ones.
             # AMD's has e8m0 scales for 32 columns only.
             return blackwell and isinstance(activations, NVFP4)
         if not (blackwell or (self.backend == "hip" and str(self.arch).startswith("gfx950"))):
