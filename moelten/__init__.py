@@ -25,10 +25,12 @@ if TYPE_CHECKING:
         Scheme,
         scheme,
     )
-    from moelten.moe import MoELayer, explain, fused_moe, pack
+    from moelten.moe import MoELayer, explain, fused_moe, pack, workspace_bytes
     from moelten.packed import PackedExperts
     from moelten.qtensor import QTensor, dequantize, quantize
-    from moelten.routing import Routing, topk_softmax
+    from moelten.quantized import QuantizedRows, quantize_activations
+    from moelten.router import topk_softmax
+    from moelten.routing import Routing
     from moelten.weights import ExpertSpec, ExpertWeights
 
 __version__ = "0.1.0"
@@ -38,10 +40,12 @@ _HOMES = {
     "checkpoints": "Checkpoint",
     "errors": "CheckpointError FormatError LayoutError UnsupportedError",
     "formats": "BF16 FP8 FP16 FP32 MXFP4 MXFP8 NVFP4 SCHEMES Float Int4 Int8 Scheme scheme",
-    "moe": "MoELayer explain fused_moe pack",
+    "moe": "MoELayer explain fused_moe pack workspace_bytes",
     "packed": "PackedExperts",
     "qtensor": "QTensor dequantize quantize",
-    "routing": "Routing topk_softmax",
+    "quantized": "QuantizedRows quantize_activations",
+    "router": "topk_softmax",
+    "routing": "Routing",
     "weights": "ExpertSpec ExpertWeights",
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

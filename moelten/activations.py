@@ -52,6 +52,16 @@ class Activation:
                     f"({num_experts}), got {len(value)}"
                 )
 
+    def table(self) -> Tensor | None:
+        """fp32 [E, parameters] in the order of the fields, None as inf; only if one is a tuple."""
+        values = [getattr(self, f.name) for f in fields(self)]
+        tuples = [value for value in values if isinstance(value, tuple)]
+        if not tuples:
+            return None
+        wide = [v if isinstance(v, tuple) else (v,) * len(tuples[0]) for v in values]
+        numbers = [[float("inf") if v is None else v for v in column] for column in wide]
+        return torch.tensor(numbers, dtype=torch.float32).T.contiguous()
+
     def encode(self) -> str:
         """JSON form; `decode` inverts it."""
         return json.dumps({"kind": type(self).__name__, **asdict(self)})

@@ -13,6 +13,38 @@ from torch.nn.functional import pad
 
 from moelten.errors import FormatError
 
+# Rows that a layout's tiles span: rows are padded to a multiple. "linear" pads nothing.
+ROW_TILES = {"linear": 1, "128x4": 128, "8x4": 8}
+
+
+def swizzle(scale: Tensor, layout: str) -> Tensor:
+    """[..., M, S] in one of `ROW_TILES`' layouts: as it is, or flat per matrix.
+
+    >>> swizzle(torch.ones(9, 5), "8x4").shape
+    torch.Size([128])
+    """
+    if layout == "linear":
+        return scale
+    return swizzle_128x4(scale) if layout == "128x4" else swizzle_8x4(scale)
+
+
+def unswizzle(scale: Tensor, rows: int, groups: int, layout: str) -> Tensor:
+    """Inverse of `swizzle`: [..., rows, groups]."""
+    if layout == "linear":
+        return scale
+    inverse = unswizzle_128x4 if layout == "128x4" else unswizzle_8x4
+    return inverse(scale, rows, groups)
+
+
+def swizzled_size(rows: int, groups: int, layout: str) -> int:
+    """Elements of one matrix's scales in a layout, padding included.
+
+    >>> [swizzled_size(9, 5, layout) for layout in ROW_TILES]
+    [45, 1024, 128]
+    """
+    tile = ROW_TILES[layout]
+    return rows * groups if tile == 1 else -(-rows // tile) * tile * (-(-groups // 4) * 4)
+
 
 def swizzle_128x4(scale: Tensor) -> Tensor:
     """[..., M, S] to tiles of 128 rows x 4 groups, 512 elements each, flattened per matrix.

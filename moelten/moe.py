@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moelten import kernels
 from moelten.errors import FormatError, UnsupportedError
 from moelten.formats import Float
-from moelten.kernels import Verdict
+from moelten.kernels import Backend, Verdict
 from moelten.packed import PackedExperts, decode_spec
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec, ExpertWeights
@@ -65,6 +65,7 @@ def fused_moe(
     routing: Routing,
     *,
     out: Tensor | None = None,
+    workspace: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Run the experts of one MoE layer on their quantized weights.
@@ -77,6 +78,10 @@ def fused_moe(
     routing:  T tokens; ids outside the local experts contribute exactly zero and read no weight,
               duplicates add up
     out:      [T, H] of x's dtype to write to, instead of a new tensor
+    workspace: uint8 [bytes] on the same device, scratch whose contents do not matter. With one of
+              `workspace_bytes` and with `out`, a GPU backend allocates nothing; a smaller one means
+              more chunks of tokens, as long as one token fits. Calls that may overlap need one
+              each. CPU backends need none (0 bytes) and leave it alone.
     backend:  a name from `explain`; it must read the layout the experts are packed in
 
     Returns [T, H] in x's dtype. Raises TypeError, ValueError or NotImplementedError, before work.
@@ -89,22 +94,52 @@ def fused_moe(
     >>> fused_moe(x, experts, topk_softmax(torch.randn(3, 4), top_k=2)).shape
     torch.Size([3, 32])
     """
-    _check_input(x, experts, routing)
+    check_call(x, experts, routing)
     signature = experts.signature
     if backend is not None:
-        reader = kernels.select(experts.spec, x.device, backend)
         signature += f"\n{backend}"
-    else:
-        reader = kernels.backend_of(experts.layout.name, x.device)
-    experts.require(reader.layout)
+    find_reader(experts, backend)
     tensors = list(experts.tensors.values())
     arguments = (x, routing.ids, routing.weights, routing.on_input, tensors, signature)
-    if out is None:
+    if out is None and workspace is None:
         return cast(Tensor, torch.ops.moelten.fused_moe(*arguments))
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise UnsupportedError(_NO_GRADIENT)
+    if workspace is not None:
+        _check_workspace(workspace, experts, routing)
+    if out is None:
+        out = torch.empty_like(x)
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise FormatError(f"out: expected {_describe(x)}, got {_describe(out)}")
-    torch.ops.moelten.fused_moe_out(*arguments, out)
+    if not out.is_contiguous():
+        raise FormatError(f"out: expected contiguous rows, got strides {out.stride()}")
+    torch.ops.moelten.fused_moe_out(*arguments, out, workspace)
     return out
+
+
+def workspace_bytes(
+    experts: PackedExperts,
+    tokens: int,
+    top_k: int,
+    *,
+    on_input: bool = False,
+    backend: str | None = None,
+) -> int:
+    """Bytes of the workspace with which `fused_moe` runs so many tokens at once.
+
+    Never less for more tokens, so one workspace for the largest batch serves all. on_input and
+    backend as in the call. Without a workspace a call allocates this much, up to 2 GiB. 0 on CPUs.
+
+    >>> from moelten import ExpertWeights, MXFP4
+    >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+    >>> experts = pack(
+    ...     ExpertWeights.from_tensors(w13, w2, gate_up_order="gate_up", weight_format=MXFP4()))
+    >>> workspace_bytes(experts, tokens=1024, top_k=2)  # on a CPU
+    0
+    """
+    if tokens < 0 or top_k < 1:
+        raise FormatError(f"expected tokens >= 0 and top_k >= 1, got {tokens} and {top_k}")
+    return find_reader(experts, backend).workspace_bytes(experts.spec, tokens, top_k, on_input)
 
 
 def explain(
@@ -149,7 +184,18 @@ class MoELayer(nn.Module):
         return fused_moe(tokens, self.experts, self.method(logits)).view(x.shape)
 
 
-def _check_input(x: Tensor, experts: PackedExperts, routing: Routing) -> None:
+def find_reader(experts: PackedExperts, backend: str | None = None) -> Backend:
+    """The backend that runs these experts, or the one called `backend` if it can."""
+    if backend is not None:
+        reader = kernels.select(experts.spec, experts.device, backend)
+    else:
+        reader = kernels.backend_of(experts.layout.name, experts.device)
+    experts.require(reader.layout)
+    return reader
+
+
+def check_call(x: Tensor, experts: PackedExperts, routing: Routing) -> None:
+    """Refuse an input [T, H] that these experts or this routing are not for."""
     if not isinstance(experts, PackedExperts):
         raise TypeError(
             f"experts: expected PackedExperts, got {type(experts).__name__}; call moelten.pack"
@@ -179,6 +225,22 @@ def _check_input(x: Tensor, experts: PackedExperts, routing: Routing) -> None:
             raise FormatError(f"{name} is on {device}, the experts are packed for {experts.device}")
 
 
+def _check_workspace(workspace: Tensor, experts: PackedExperts, routing: Routing) -> None:
+    if workspace.dtype != torch.uint8 or workspace.dim() != 1 or not workspace.is_contiguous():
+        raise FormatError(
+            f"workspace: expected contiguous torch.uint8 [bytes], got {_describe(workspace)}"
+        )
+    if workspace.device != experts.device:
+        raise FormatError(
+            f"workspace is on {workspace.device}, the experts are packed for {experts.device}"
+        )
+    if not (routing.ids.is_contiguous() and routing.weights.is_contiguous()):
+        raise FormatError(
+            "routing: with a workspace nothing is allocated, so ids and weights must be "
+            "contiguous; call .contiguous() on both"
+        )
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
 
@@ -200,13 +262,14 @@ def _run(
     tensors: list[Tensor],
     signature: str,
     out: Tensor,
+    workspace: Tensor | None = None,
 ) -> None:
     if x.shape[0] == 0:
         return
     spec, backend, names = _decode_signature(signature, x.device)
     parts = dict(zip(names, tensors, strict=True))
     experts = PackedExperts(spec, backend.layout, parts, backend.layout.version)
-    backend.run(x, experts, Routing(ids, weights, on_input), out)
+    backend.run(x, experts, Routing(ids, weights, on_input), out, workspace)
 
 
 def _fused_moe(
@@ -221,15 +284,18 @@ def _fused_moe_fake(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+_NO_GRADIENT = "moelten runs inference only: fused_moe has no gradient; use no_grad"
+
+
 def _no_gradient(context: Any, *gradients: Any) -> Any:
-    raise UnsupportedError("moelten runs inference only: fused_moe has no gradient; use no_grad")
+    raise UnsupportedError(_NO_GRADIENT)
 
 
 # torch.library holds registrations for as long as this object lives.
 _LIBRARY: Any = torch.library.Library("moelten", "DEF")  # type: ignore[no-untyped-call]
 _INPUTS = "Tensor x, Tensor ids, Tensor weights, bool on_input, Tensor[] experts, str signature"
 _LIBRARY.define(f"fused_moe({_INPUTS}) -> Tensor")
-_LIBRARY.define(f"fused_moe_out({_INPUTS}, Tensor(a!) out) -> ()")
+_LIBRARY.define(f"fused_moe_out({_INPUTS}, Tensor(a!) out, Tensor(b!)? workspace=None) -> ()")
 _LIBRARY.impl("fused_moe", _fused_moe, "CompositeExplicitAutograd")
 _LIBRARY.impl("fused_moe_out", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("moelten::fused_moe", _fused_moe_fake, lib=_LIBRARY)

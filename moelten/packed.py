@@ -24,6 +24,8 @@ from moelten.qtensor import QTensor, decode_scale
 from moelten.weights import ExpertSpec, ExpertWeights, shard_bounds
 
 MATRICES = ("w13", "w2")
+# The activation's parameters, only where they differ by expert: `Activation.table`.
+ACTIVATION_TABLE = "activation_table"
 
 
 class Layout(Protocol):
@@ -202,6 +204,8 @@ def _pack_one(weights: ExpertWeights, layout: Layout) -> Iterator[tuple[str, Ten
             yield f"{name}.{part}", tensor
     for name, extra in weights.extras().items():
         yield name, extra[0]
+    if (table := weights.activation.table()) is not None:
+        yield ACTIVATION_TABLE, table[0]
 
 
 def _refuse_nan_scales(name: str, scale: Tensor | None) -> None:

@@ -6,7 +6,8 @@ and in 0..E-1. A logit of -inf masks its expert: it is taken only when no other 
 fp32, the formula's value rounded once (evaluated in fp64), so equal logits tie in every position
 and a row does not depend on its batch. Weights are fp32 and follow their formula: NaN or +inf
 logits may make NaN weights, in their own row only. `softmax_topk` documents the arguments and
-errors that all methods share. Not here: the router GEMM, balancing, the map to local ids.
+errors that all methods share. `moelten.router` runs these methods in one launch where the logits
+are on a GPU. Not here: the router GEMM, balancing, the map to local ids.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def softmax_topk(logits: Tensor, top_k: int) -> Routing:
     >>> r.ids.tolist(), r.weights
     ([[1, 3]], tensor([[0.3995, 0.3995]]))
     """
-    _check_logits(logits, top_k)
+    check_logits(logits, top_k)
     probs = _wide(logits).softmax(dim=-1).float()
     ids = _top(_choice(probs, logits), top_k)
     return Routing(ids.int(), probs.gather(1, ids))
@@ -149,7 +150,7 @@ def topk_raw(logits: Tensor, top_k: int) -> Routing:
     >>> topk_raw(torch.tensor([[-1., -3., 2., -3.]]), 3).weights
     tensor([[ 2., -1., -3.]])
     """
-    _check_logits(logits, top_k)
+    check_logits(logits, top_k)
     ids = _top(logits, top_k)
     return Routing(ids.int(), logits.gather(1, ids).float())
 
@@ -162,7 +163,7 @@ def sigmoid_topk(logits: Tensor, top_k: int) -> Routing:
     >>> sigmoid_topk(torch.tensor([[18., 0., 25., 3.]]), 3).ids.tolist()
     [[0, 2, 3]]
     """
-    _check_logits(logits, top_k)
+    check_logits(logits, top_k)
     probs = _wide(logits).sigmoid().float()
     ids = _top(_choice(probs, logits), top_k)
     return Routing(ids.int(), probs.gather(1, ids))
@@ -240,7 +241,7 @@ def deepseek_v3(
     >>> r.ids.tolist(), r.weights
     ([[0, 1]], tensor([[1.2500, 1.2500]]))
     """
-    _check_logits(logits, top_k)
+    check_logits(logits, top_k)
     groups, size = num_expert_group, logits.shape[1] // max(num_expert_group, 1)
     if groups * size != logits.shape[1] or not top_k <= topk_group * size <= groups * size:
         raise ValueError(
@@ -288,7 +289,7 @@ def sqrt_softplus_topk(
     >>> sqrt_softplus_topk(torch.tensor([[0., 4., -4., 4.]]), 3, routed_scaling_factor=1.5).weights
     tensor([[0.6210, 0.6210, 0.2579]])
     """
-    _check_logits(logits, top_k)
+    check_logits(logits, top_k)
     # Past the threshold torch returns s itself: its default of 20 is off by 1e-10, 40 is exact.
     scores = torch.nn.functional.softplus(_wide(logits), threshold=40.0).sqrt().float()
     ids = _top(_choice(scores, logits, bias), top_k)
@@ -389,7 +390,8 @@ def _check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], ax
         )
 
 
-def _check_logits(logits: Tensor, top_k: int) -> None:
+def check_logits(logits: Tensor, top_k: int) -> None:
+    """Refuse what no method takes: see `softmax_topk`."""
     _check_tensor("logits", logits, _FLOATS, "[T, E]")
     if not isinstance(top_k, int) or not 1 <= top_k <= logits.shape[1]:
         raise ValueError(

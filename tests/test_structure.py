@@ -20,7 +20,7 @@ LAYERS = (
     {"packed"},
     {"reference"},
     {"kernels"},
-    {"moe"},
+    {"moe", "stages", "quantized", "router"},
     {"checkpoints"},
     {"integrations"},
     {"commands"},

@@ -444,7 +444,7 @@ def test_named_backend_is_honoured(monkeypatch):
     weights, (x, routing) = make_weights(case), make_input(case)
     ran = []
 
-    def spy(self, x, experts, routing, out):
+    def spy(self, x, experts, routing, out, workspace):
         ran.append(self.name)
         out.zero_()
 

@@ -9,7 +9,7 @@ refused with reasons, never replaced.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -41,8 +41,50 @@ class Backend(Protocol):
         """Every reason why this backend cannot run `spec` on `device` here; empty if it can."""
         ...
 
-    def run(self, x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
-        """Write the layer's outputs [T, H] to out; inputs are already validated."""
+    def workspace_bytes(
+        self, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool = False
+    ) -> int:
+        """What `run` takes for all tokens at once; never less for more tokens, 0 if it needs none.
+
+        on_input: whether the router weight multiplies the expert's input
+        """
+        ...
+
+    def run(
+        self,
+        x: Tensor,
+        experts: PackedExperts,
+        routing: Routing,
+        out: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:
+        """Write the layer's outputs [T, H] to out; inputs are already validated.
+
+        workspace: uint8; with one, a GPU backend allocates nothing and runs as many tokens at once
+        as fit; it raises FormatError, before any launch, where one token does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class StagedBackend(Backend, Protocol):
+    """A backend whose GEMMs can be used one by one: `moelten.stages` says what each does.
+
+    The stages in sequence give the bits that `run` gives.
+    """
+
+    def gemm1(self, x: Tensor, experts: PackedExperts, routing: Routing, hidden: Tensor) -> None:
+        """Write the pairs with an expert here to hidden, fp32 [T, k, I] of zeros."""
+        ...
+
+    def gemm2(
+        self, hidden: Tensor, experts: PackedExperts, routing: Routing, slots: Tensor
+    ) -> None:
+        """Write the pairs with an expert here to slots, fp32 [T, k, H] of zeros."""
+        ...
+
+    def combine(self, slots: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
+        """Write each token's sum to out [T, H]."""
         ...
 
 

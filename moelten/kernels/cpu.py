@@ -3,14 +3,14 @@
 Weights stay in canonical rows. Only active experts are touched; each is decoded in chunks of rows
 through 256-entry tables (one lookup decodes two 4-bit codes) and multiplied in fp32, where every
 code times scale is exact or correctly rounded. Tokens are chunked as well, so peak extra memory
-stays under one expert + 256 MiB. `run_chain` is the part of a layer that is not a GEMM; other CPU
-backends share it.
+stays under one expert + 256 MiB. `ChainBackend` is the part of a layer that is not a GEMM; other
+CPU backends share it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -48,46 +48,101 @@ class RowsLayout:
         return matrix
 
 
-class CpuBackend:
+class ChainBackend:
+    """The layer around two grouped GEMMs on a CPU; a backend brings the GEMM.
+
+    Tokens are chunked so that activations stay within a bound of its own: it needs no workspace,
+    and leaves one that it is given alone.
+    """
+
+    devices = ("cpu",)
+
+    def gemm(self, experts: PackedExperts) -> Gemm:
+        raise NotImplementedError
+
+    def workspace_bytes(
+        self, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool = False
+    ) -> int:
+        return 0
+
+    def run(
+        self,
+        x: Tensor,
+        experts: PackedExperts,
+        routing: Routing,
+        out: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:
+        gemm = self.gemm(experts)
+        for part, chunk, plan in _chunks(experts.spec, routing):
+            hidden = _gemm1(x[part], experts, chunk, plan, gemm)
+            out[part] = _combine(_gemm2(hidden, experts, chunk, plan, gemm), plan, x.dtype)
+
+    def gemm1(self, x: Tensor, experts: PackedExperts, routing: Routing, hidden: Tensor) -> None:
+        """`stages.gemm1`, into hidden [T, k, I] of zeros."""
+        gemm = self.gemm(experts)
+        for part, chunk, plan in _chunks(experts.spec, routing):
+            rows = _gemm1(x[part], experts, chunk, plan, gemm)
+            hidden[part].flatten(0, 1)[plan.pairs] = rows
+
+    def gemm2(
+        self, hidden: Tensor, experts: PackedExperts, routing: Routing, slots: Tensor
+    ) -> None:
+        """`stages.gemm2`, into slots [T, k, H] of zeros."""
+        gemm = self.gemm(experts)
+        for part, chunk, plan in _chunks(experts.spec, routing):
+            rows = hidden[part].flatten(0, 1)[plan.pairs]
+            slots[part].flatten(0, 1)[plan.pairs] = _gemm2(rows, experts, chunk, plan, gemm)
+
+    def combine(self, slots: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
+        """`stages.combine`, into out [T, H]."""
+        for part, _, plan in _chunks(experts.spec, routing):
+            out[part] = _combine(slots[part].flatten(0, 1)[plan.pairs], plan, out.dtype)
+
+
+class CpuBackend(ChainBackend):
     name = "cpu"
     layout = RowsLayout()
-    devices = ("cpu",)
 
     def refusals(self, spec: ExpertSpec, device: torch.device) -> list[str]:
         return [] if device.type == "cpu" else [f"runs on cpu, the experts are for {device.type}"]
 
-    def run(self, x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
-        run_chain(x, experts, routing, out, lambda name, a, plan: _gemm(experts, name, a, plan))
+    def gemm(self, experts: PackedExperts) -> Gemm:
+        return lambda name, a, plan: _decoded_gemm(experts, name, a, plan)
 
 
-def run_chain(x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor, gemm: Gemm) -> None:
-    """The layer around two grouped GEMMs, in chunks of tokens that bound the activations."""
-    spec = experts.spec
+def _chunks(spec: ExpertSpec, routing: Routing) -> Iterator[tuple[slice, Routing, Plan]]:
+    """Runs of tokens whose activations stay within the bound, each with its plan."""
     inter = (spec.activation.halves + 1) * spec.intermediate_size
     per_token = routing.top_k * 4 * (2 * spec.hidden_size + 2 * inter)
     step = max(_ACTIVATION_BYTES // per_token, 1)
-    for start in range(0, x.shape[0], step):
+    for start in range(0, routing.num_tokens, step):
         part = slice(start, start + step)
         chunk = replace(routing, ids=routing.ids[part], weights=routing.weights[part])
-        out[part] = _chunk(x[part], experts, chunk, gemm)
+        yield part, chunk, make_plan(chunk.ids, spec.num_experts, spec.first_expert)
 
 
-def _chunk(x: Tensor, experts: PackedExperts, routing: Routing, gemm: Gemm) -> Tensor:
-    spec, extras = experts.spec, experts.tensors
-    plan = make_plan(routing.ids, spec.num_experts, spec.first_expert)
-    ids = plan.experts
-    router = routing.weights.float()
+def _gemm1(x: Tensor, experts: PackedExperts, routing: Routing, plan: Plan, gemm: Gemm) -> Tensor:
+    """The activation's results [P, I], in the plan's order."""
+    spec, extras, ids = experts.spec, experts.tensors, plan.experts
     a = _round_inputs(x, experts, routing, plan, ids)
     h = gemm("w13", a, plan).view(-1, spec.activation.halves, spec.intermediate_size)
     if "w13_bias" in extras:
         h += extras["w13_bias"][ids]
-    hidden = spec.activation(h, ids)
+    return spec.activation(h, ids)
+
+
+def _gemm2(
+    hidden: Tensor, experts: PackedExperts, routing: Routing, plan: Plan, gemm: Gemm
+) -> Tensor:
+    """The experts' results [P, H], in the plan's order, by router weight."""
+    extras, ids = experts.tensors, plan.experts
     y = gemm("w2", _round(hidden, experts, "w2", ids), plan)
     if "w2_bias" in extras:
         y += extras["w2_bias"][ids]
     if not routing.on_input:
-        y *= router.flatten()[plan.pairs, None]
-    return _combine(y, plan, x.dtype)
+        y *= routing.weights.float().flatten()[plan.pairs, None]
+    return y
 
 
 def _round_inputs(
@@ -128,7 +183,7 @@ def _combine(y: Tensor, plan: Plan, dtype: torch.dtype) -> Tensor:
     return out.to(dtype)
 
 
-def _gemm(experts: PackedExperts, name: str, a: Tensor, plan: Plan) -> Tensor:
+def _decoded_gemm(experts: PackedExperts, name: str, a: Tensor, plan: Plan) -> Tensor:
     spec = experts.spec
     shape = spec.matrix_shape(name)
     columns = shape[-1]

@@ -8,23 +8,31 @@ nothing waits for the device, so a CUDA graph captures it. Triton is imported wh
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moelten.activations import GELU, Activation, GeGLU, Identity, ReGLU, ReLU2, SiLU, SwiGLU
 from moelten.formats import Float
+from moelten.kernels.arena import Arena, Take, chunk_tokens
 from moelten.kernels.cpu import RowsLayout
-from moelten.packed import PackedExperts
+from moelten.kernels.triton_variants import block_m, current_target
+from moelten.packed import ACTIVATION_TABLE, PackedExperts
 from moelten.qtensor import QTensor
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
 
-_WORKSPACE_BYTES = 2 << 30
+if TYPE_CHECKING:
+    from moelten.kernels.triton_ops import Rows, TilePlan
+
+# What a call without a workspace takes at most, unless one token needs more.
+_OWN_BYTES = 2 << 30
 _ACTIVATIONS: dict[type[Activation], str] = {
     SwiGLU: "swiglu",
     GeGLU: "geglu",
@@ -63,86 +71,230 @@ class TritonBackend:
             reasons.append(f"has no {type(spec.activation).__name__}")
         return reasons
 
-    def run(self, x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
+    def workspace_bytes(
+        self, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool = False
+    ) -> int:
+        return _workspace_bytes(spec, tokens, top_k, on_input)
+
+    def run(
+        self,
+        x: Tensor,
+        experts: PackedExperts,
+        routing: Routing,
+        out: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:
         spec = experts.spec
-        per_pair = 4 * (spec.intermediate_size + spec.hidden_size)
-        step = max(_WORKSPACE_BYTES // (per_pair * routing.top_k), 1)
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            for start in range(0, x.shape[0], step):
-                part = slice(start, start + step)
-                chunk = Routing(routing.ids[part], routing.weights[part], routing.on_input)
-                _run_chunk(x[part], experts, chunk, out[part])
+        step = _step(spec, routing, None if workspace is None else workspace.numel())
+        if workspace is None:
+            size = _workspace_bytes(spec, step, routing.top_k, routing.on_input)
+            workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        for part, chunk in _chunks(routing, step):
+            take = Arena(workspace).take
+            stages = _lay_out(take, spec, chunk.num_tokens, chunk.top_k, chunk.on_input)
+            with _on(x.device):
+                _run_chunk(x[part], experts, chunk, stages, out[part])
+
+    def gemm1(self, x: Tensor, experts: PackedExperts, routing: Routing, hidden: Tensor) -> None:
+        """`stages.gemm1`, into hidden [T, k, I] of zeros."""
+        for part, chunk in _chunks(routing, _step(experts.spec, routing)):
+            with _on(x.device):
+                rows, per_source = _input_rows(x[part], experts, chunk)
+                _gemm1(rows, per_source, experts, _plan(experts.spec, chunk), hidden[part])
+
+    def gemm2(
+        self, hidden: Tensor, experts: PackedExperts, routing: Routing, slots: Tensor
+    ) -> None:
+        """`stages.gemm2`, into slots [T, k, H] of zeros."""
+        for part, chunk in _chunks(routing, _step(experts.spec, routing)):
+            with _on(hidden.device):
+                rows = _hidden_rows(hidden[part].flatten(0, 1), experts, chunk)
+                _gemm2(rows, experts, chunk, _plan(experts.spec, chunk), slots[part])
+
+    def combine(self, slots: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
+        """`stages.combine`, into out [T, H]."""
+        from moelten.kernels import triton_ops
+
+        with _on(out.device):
+            triton_ops.combine(slots, routing.ids, *_local(experts.spec), out)
 
 
-def _run_chunk(x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
-    from moelten.kernels import triton_epilogue, triton_gemm, triton_ops
-    from moelten.kernels.triton_variants import block_m, current_target
+@dataclass(frozen=True)
+class _Stages:
+    """Where the stages of one chunk write: P pairs, valid or not.
+
+    inputs:  rows of the input, [T] or [P]; None where GEMM1 reads x itself
+    hidden:  [P, I], in the operand's dtype for unquantized activations, else fp32
+    rows:    hidden, quantized; None where GEMM2 reads hidden itself
+    slots:   fp32 [P, H]
+    """
+
+    plan: TilePlan
+    inputs: Rows | None
+    hidden: Tensor
+    rows: Rows | None
+    slots: Tensor
+
+
+def _lay_out(take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> _Stages:
+    """Everything that a chunk of so many tokens needs beside its arguments."""
+    from moelten.kernels import triton_ops
+
+    fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
+    pairs, plain = tokens * top_k, isinstance(fmt, Float)
+    inputs = rows = None
+    if _by_pair(spec, on_input):
+        inputs = triton_ops.empty_rows(take, pairs, hidden_size, fmt)
+    elif not plain:
+        inputs = triton_ops.empty_rows(take, tokens, hidden_size, fmt)
+    hidden = take(fmt.data_dtype if plain else torch.float32, pairs, inter)
+    if not plain:
+        rows = triton_ops.empty_rows(take, pairs, inter, fmt)
+    block = block_m(pairs, spec.num_experts)
+    plan = triton_ops.empty_plan(take, pairs, spec.num_experts, block)
+    return _Stages(plan, inputs, hidden, rows, take(torch.float32, pairs, hidden_size))
+
+
+@lru_cache(maxsize=4096)
+def _workspace_bytes(spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> int:
+    if tokens == 0:
+        return 0
+    arena = Arena()
+    _lay_out(arena.take, spec, tokens, top_k, on_input)
+    return arena.size
+
+
+def _step(spec: ExpertSpec, routing: Routing, limit: int | None = None) -> int:
+    """Tokens per chunk, for `limit` bytes or the backend's own bound."""
+
+    def needed(tokens: int) -> int:
+        return _workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
+
+    return chunk_tokens(
+        routing.num_tokens, max(_OWN_BYTES, needed(1)) if limit is None else limit, needed
+    )
+
+
+def _chunks(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]:
+    for start in range(0, routing.num_tokens, step):
+        part = slice(start, start + step)
+        yield part, Routing(routing.ids[part], routing.weights[part], routing.on_input)
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _local(spec: ExpertSpec) -> tuple[int, int]:
+    return spec.num_experts, spec.first_expert
+
+
+def _by_pair(spec: ExpertSpec, on_input: bool) -> bool:
+    """Whether input rows differ between the slots of a token."""
+    return on_input or "w13_pre_scale" in spec.extras or "w13_input_scale" in spec.extras
+
+
+def _run_chunk(
+    x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
+) -> None:
+    from moelten.kernels import triton_ops
+
+    plan = _plan(experts.spec, routing, stages.plan)
+    rows, per_source = _input_rows(x, experts, routing, stages.inputs)
+    post_scale = experts.tensors.get("w2_pre_scale") if stages.rows is None else None
+    _gemm1(rows, per_source, experts, plan, stages.hidden, post_scale)
+    rows = triton_ops.Rows(stages.hidden)
+    if stages.rows is not None:
+        rows = _hidden_rows(stages.hidden, experts, routing, stages.rows)
+    _gemm2(rows, experts, routing, plan, stages.slots)
+    triton_ops.combine(stages.slots, routing.ids, *_local(experts.spec), out)
+
+
+def _plan(spec: ExpertSpec, routing: Routing, plan: TilePlan | None = None) -> TilePlan:
+    from moelten.kernels.triton_ops import make_tile_plan
+
+    block = block_m(routing.ids.numel(), spec.num_experts)
+    return make_tile_plan(routing.ids, *_local(spec), block, plan)
+
+
+def _input_rows(
+    x: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None = None
+) -> tuple[Rows, int]:
+    """GEMM1's rows, written to `rows`, and how many pairs share each: top_k, or one."""
+    from moelten.kernels.triton_ops import Pairs, Rows, quantize_rows
 
     spec, extras = experts.spec, experts.tensors
-    fmt, target, ids = spec.scheme.activations, current_target(), routing.ids
-    where = (spec.num_experts, spec.first_expert)
-    size = ids.numel()
-    plan = triton_ops.make_tile_plan(ids, *where, block_m(size, spec.num_experts))
+    fmt = spec.scheme.activations
+    if _by_pair(spec, routing.on_input):
+        router = routing.weights if routing.on_input else None
+        pre, static = extras.get("w13_pre_scale"), extras.get("w13_input_scale")
+        pairs = Pairs(routing.ids, *_local(spec), router, pre, static)
+        return quantize_rows(x, fmt, pairs, by_token=True, rows=rows), 1
+    if isinstance(fmt, Float):
+        return Rows(x), routing.top_k
+    return quantize_rows(x, fmt, rows=rows), routing.top_k
 
-    def empty(columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, columns, dtype=dtype, device=x.device)
 
-    rows, rows_per_source = _input_rows(x, experts, routing)
-    name, parameters = activation_arguments(spec.activation, x.device)
-    plain = isinstance(fmt, Float)
-    hidden = empty(spec.intermediate_size, fmt.data_dtype if plain else torch.float32)
+def _hidden_rows(
+    hidden: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None = None
+) -> Rows:
+    """GEMM2's rows: hidden [P, I] in fp32, rounded to the activation format."""
+    from moelten.kernels.triton_ops import Pairs, quantize_rows
+
+    spec, extras = experts.spec, experts.tensors
+    pre, static = extras.get("w2_pre_scale"), extras.get("w2_input_scale")
+    pairs = Pairs(routing.ids, *_local(spec), None, pre, static)
+    return quantize_rows(hidden, spec.scheme.activations, pairs, rows=rows)
+
+
+def _gemm1(
+    rows: Rows,
+    rows_per_source: int,
+    experts: PackedExperts,
+    plan: TilePlan,
+    hidden: Tensor,
+    post_scale: Tensor | None = None,
+) -> None:
+    """hidden [P, I] (or [T, k, I]) in its own dtype, of valid pairs alone."""
+    from moelten.kernels import triton_epilogue, triton_gemm
+
+    spec, extras = experts.spec, experts.tensors
+    name, parameters = activation_arguments(spec.activation)
     triton_gemm.grouped_gemm(
         rows,
         _matrix(experts, "w13"),
         plan,
-        fmt,
+        spec.scheme.activations,
         hidden,
         rows_per_source=rows_per_source,
         epilogue=triton_epilogue.Epilogue(
             bias=extras.get("w13_bias"),
             activation=name,
-            parameters=parameters,
-            post_scale=extras.get("w2_pre_scale") if plain else None,
+            parameters=extras.get(ACTIVATION_TABLE, parameters),
+            post_scale=post_scale,
         ),
-        target=target,
+        target=current_target(),
     )
-    rows = triton_ops.Rows(hidden)
-    if not plain:
-        pairs = triton_ops.Pairs(
-            ids,
-            *where,
-            pre_scale=extras.get("w2_pre_scale"),
-            static_scale=extras.get("w2_input_scale"),
-        )
-        rows = triton_ops.quantize_rows(hidden, fmt, pairs)
-    y = empty(spec.hidden_size)
+
+
+def _gemm2(
+    rows: Rows, experts: PackedExperts, routing: Routing, plan: TilePlan, slots: Tensor
+) -> None:
+    """slots [P, H] (or [T, k, H]), by router weight unless that was on the input."""
+    from moelten.kernels import triton_epilogue, triton_gemm
+
     triton_gemm.grouped_gemm(
         rows,
         _matrix(experts, "w2"),
         plan,
-        fmt,
-        y,
+        experts.spec.scheme.activations,
+        slots,
         epilogue=triton_epilogue.Epilogue(
-            bias=extras.get("w2_bias"), router=None if routing.on_input else routing.weights
+            bias=experts.tensors.get("w2_bias"),
+            router=None if routing.on_input else routing.weights,
         ),
-        target=target,
+        target=current_target(),
     )
-    triton_ops.combine(y, ids, *where, out)
-
-
-def _input_rows(x: Tensor, experts: PackedExperts, routing: Routing) -> tuple[Any, int]:
-    """Quantized rows of x, and how many pairs share each: top_k, unless pairs differ by expert."""
-    from moelten.kernels.triton_ops import Pairs, Rows, quantize_rows
-
-    spec, extras = experts.spec, experts.tensors
-    fmt = spec.scheme.activations
-    pre, static = extras.get("w13_pre_scale"), extras.get("w13_input_scale")
-    if routing.on_input or pre is not None or static is not None:
-        router = routing.weights if routing.on_input else None
-        pairs = Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre, static)
-        return quantize_rows(x, fmt, pairs, by_token=True), 1
-    rows = Rows(x) if isinstance(fmt, Float) else quantize_rows(x, fmt)
-    return rows, routing.top_k
 
 
 def _matrix(experts: PackedExperts, name: str) -> QTensor:
@@ -154,25 +306,12 @@ def _matrix(experts: PackedExperts, name: str) -> QTensor:
     return QTensor(format=experts.spec.scheme.weights, **parts)
 
 
-def activation_arguments(
-    activation: Activation, device: torch.device
-) -> tuple[str, tuple[float, float, float] | Tensor]:
-    """The GEMM's name of an activation, and SwiGLU's parameters: numbers, or a table by expert."""
+def activation_arguments(activation: Activation) -> tuple[str, tuple[float, float, float]]:
+    """The GEMM's name of an activation, and SwiGLU's parameters where they are the same for all."""
     name = _ACTIVATIONS[type(activation)]
     if isinstance(activation, GeGLU | GELU) and activation.approximate == "tanh":
         name += "_tanh"
-    if not isinstance(activation, SwiGLU):
+    if not isinstance(activation, SwiGLU) or activation.table() is not None:
         return name, (1.0, 0.0, float("inf"))
     limit = float("inf") if activation.limit is None else activation.limit
-    values = (activation.alpha, activation.beta, limit)
-    if any(isinstance(value, tuple) for value in values):
-        return name, _table(values, device)
-    return name, values  # type: ignore[return-value]
-
-
-@lru_cache(maxsize=256)
-def _table(values: tuple[Any, ...], device: torch.device) -> Tensor:
-    """fp32 [E, 3]; made at the first call, so a layer with such parameters warms up uncaptured."""
-    count = next(len(value) for value in values if isinstance(value, tuple))
-    rows = [value if isinstance(value, tuple) else (value,) * count for value in values]
-    return torch.tensor(rows, dtype=torch.float32).T.contiguous().to(device)
+    return name, (activation.alpha, activation.beta, limit)  # type: ignore[return-value]

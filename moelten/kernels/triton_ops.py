@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moelten.formats import FP8, MXFP8, NVFP4, Float, Format, Int8
+from moelten.kernels.arena import Take, heap
 from moelten.kernels.triton_casts import (
     abs_bits,
     decode_e4m3,
@@ -27,9 +28,12 @@ from moelten.kernels.triton_casts import (
     round_to,
     widen,
 )
+from moelten.layouts import ROW_TILES, swizzled_size
 
 _SMALL_PLAN = 128
 _SCAN = 2048
+# Room for tiles is reckoned with this, so that it never shrinks when tokens are added.
+_SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,13 @@ class TilePlan:
     pairs:  int32 [P]; the sorted pairs, the rest undefined
     tiles:  int32 [3, max_tiles]: local expert, first position and last position + 1 of each tile
     count:  int32 [1]: how many tiles there are
+    counts: int32 [E], scratch
     """
 
     pairs: Tensor
     tiles: Tensor
     count: Tensor
+    counts: Tensor
     block: int
 
     @property
@@ -51,17 +57,28 @@ class TilePlan:
         return self.tiles.shape[1]
 
 
-def make_tile_plan(ids: Tensor, num_experts: int, first_expert: int, block: int) -> TilePlan:
-    """Plan ids [T, k] (int32 or int64) on their device: one launch up to 128 pairs, else two."""
+def empty_plan(take: Take, pairs: int, num_experts: int, block: int) -> TilePlan:
+    """Room for the plan of so many pairs, valid or not."""
+    assert block >= _SMALLEST_BLOCK, block
+    room, max_tiles = (min(pairs, pairs // size + num_experts) for size in (_SMALLEST_BLOCK, block))
+    tiles = take(torch.int32, 3 * room)[: 3 * max_tiles].view(3, max_tiles)
+    i32 = torch.int32
+    return TilePlan(take(i32, pairs), tiles, take(i32, 1), take(i32, num_experts), block)
+
+
+def make_tile_plan(
+    ids: Tensor, num_experts: int, first_expert: int, block: int, plan: TilePlan | None = None
+) -> TilePlan:
+    """Plan ids [T, k] (int32 or int64) on their device: one launch up to 128 pairs, else two.
+
+    plan: where to write, from `empty_plan` for the same sizes; a new one by default.
+    """
     size = ids.numel()
-    max_tiles = min(size, size // block + num_experts)
-    space = torch.empty(
-        size + 3 * max_tiles + 1 + num_experts, dtype=torch.int32, device=ids.device
-    )
-    pairs, tiles, count, counts = space.split([size, 3 * max_tiles, 1, num_experts])
-    plan = TilePlan(pairs, tiles.view(3, max_tiles), count, block)
+    if plan is None:
+        plan = empty_plan(heap(ids.device), size, num_experts, block)
+    pairs, tiles, count, counts = plan.pairs, plan.tiles, plan.count, plan.counts
     ids = ids.contiguous()
-    sizes = (size, num_experts, first_expert, max_tiles)
+    sizes = (size, num_experts, first_expert, plan.max_tiles)
     if size <= _SMALL_PLAN:
         pad = max(triton.next_power_of_2(size), 16)
         small_plan_kernel[(1,)](ids, pairs, tiles, count, *sizes, BLOCK=block, SIZE=pad)
@@ -151,7 +168,10 @@ def place_kernel(
 
 @dataclass(frozen=True)
 class Rows:
-    """Quantized rows: codes [R, K] (or K/2 bytes), scale [R, groups], global_scale [R]."""
+    """Quantized rows: codes [R, K] (or K/2 bytes), scale [R, groups], global_scale [R].
+
+    Swizzled scales (see `moelten.layouts`) are flat, with their padding.
+    """
 
     data: Tensor
     scale: Tensor | None = None
@@ -170,52 +190,87 @@ class Pairs:
     static_scale: Tensor | None = None
 
 
+def empty_rows(
+    take: Take, count: int, columns: int, fmt: Format, scale_layout: str = "linear"
+) -> Rows:
+    """Room for `count` rows in an activation format."""
+    if isinstance(fmt, Float):
+        return Rows(take(fmt.data_dtype, count, columns))
+    assert isinstance(fmt, FP8 | MXFP8 | NVFP4 | Int8)
+    groups = -(-columns // (fmt.block[1] or columns))
+    scales: tuple[int, ...] = (count, groups)
+    if scale_layout != "linear":
+        scales = (swizzled_size(count, groups, scale_layout),)
+    if isinstance(fmt, NVFP4):
+        data = take(torch.uint8, count, columns // 2)
+        return Rows(data, take(torch.uint8, *scales), take(torch.float32, count))
+    code = torch.int8 if isinstance(fmt, Int8) else torch.uint8
+    scale_dtype = torch.uint8 if isinstance(fmt, MXFP8) else torch.float32
+    return Rows(take(code, count, columns), take(scale_dtype, *scales))
+
+
 def quantize_rows(
-    x: Tensor, fmt: Format, pairs: Pairs | None = None, *, by_token: bool = False
+    x: Tensor,
+    fmt: Format,
+    pairs: Pairs | None = None,
+    *,
+    by_token: bool = False,
+    static_scale: Tensor | None = None,
+    scale_layout: str = "linear",
+    rows: Rows | None = None,
 ) -> Rows:
     """Quantize x [R, K] to an activation format; with `by_token`, row r of T*k reads x[r // k].
 
         row = x * router * pre_scale[expert], in fp32;  codes, scales = quantize(row, fmt)
 
-    Rows of pairs whose id is out of range are left unwritten.
+    static_scale: fp32, one decode scale for all rows (`pairs` has its own, by expert)
+    rows:         where to write, from `empty_rows` for the same sizes; new ones by default
+
+    Rows of pairs whose id is out of range are left unwritten. Padding of swizzled scales is zero.
     """
     count = pairs.ids.numel() if pairs is not None else x.shape[0]
     columns = x.shape[1]
+    if rows is None:
+        rows = empty_rows(heap(x.device), count, columns, fmt, scale_layout)
     group = fmt.block[1] or triton.next_power_of_2(columns)
     groups = triton.next_power_of_2(-(-columns // group))
-
-    def empty(dtype: torch.dtype, *shape: int) -> Tensor:
-        return torch.empty(count, *shape, dtype=dtype, device=x.device)
-
-    if isinstance(fmt, Float):
-        rows = Rows(empty(fmt.data_dtype, columns))
-    elif isinstance(fmt, NVFP4):
-        scale = empty(torch.uint8, columns // group)
-        rows = Rows(empty(torch.uint8, columns // 2), scale, empty(torch.float32))
-    else:
-        code = torch.int8 if isinstance(fmt, Int8) else torch.uint8
-        scale_dtype = torch.uint8 if isinstance(fmt, MXFP8) else torch.float32
-        rows = Rows(empty(code, columns), empty(scale_dtype, -(-columns // group)))
+    tile = ROW_TILES[scale_layout]
     kind = "float" if isinstance(fmt, Float) else type(fmt).__name__.lower()
-    assert isinstance(fmt, Float | FP8 | MXFP8 | NVFP4 | Int8)
-    extra = pairs or Pairs(x, 1, 0)
-    quantize_kernel[(count,)](
+    extra = pairs or Pairs(x, 1, 0, static_scale=static_scale)
+    quantize_kernel[(-(-count // tile) * tile,)](
         x, rows.data, rows.scale, rows.global_scale,
         None if pairs is None else extra.ids.contiguous(),
         None if extra.router is None else extra.router.contiguous(),
         extra.pre_scale, extra.static_scale,
-        1 if pairs is None else extra.ids.shape[1], extra.num_experts, extra.first_expert, columns,
-        KIND=kind, GROUP=group, GROUPS=groups, BY_TOKEN=by_token,
+        1 if pairs is None else extra.ids.shape[1], extra.num_experts, extra.first_expert,
+        count, columns,
+        KIND=kind, GROUP=group, GROUPS=groups if tile == 1 else max(groups, 4),
+        BY_TOKEN=by_token, ROW_TILE=tile,
         num_warps=4 if group * groups <= 4096 else 8,
     )  # fmt: skip
     return rows
 
 
-@triton.jit(do_not_specialize=["first_expert"])
+@triton.jit
+def _scale_offset(row, g, groups, ROW_TILE: tl.constexpr):
+    """Where `moelten.layouts` puts the scale of group g of a row; a tile of one row is linear."""
+    if ROW_TILE == 1:
+        return row * groups + g
+    else:
+        tiles = (groups + 3) // 4
+        start = row // ROW_TILE * tiles * (ROW_TILE * 4) + g // 4 * (ROW_TILE * 4) + g % 4
+        if ROW_TILE == 8:
+            return start + row % 8 * 4
+        else:
+            return start + row % 32 * 16 + row % 128 // 32 * 4
+
+
+@triton.jit(do_not_specialize=["first_expert", "count"])
 def quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, global_ptr, ids_ptr, router_ptr, pre_ptr, static_ptr,
-    top_k, num_experts, first_expert, columns,
-    KIND: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, BY_TOKEN: tl.constexpr,
+    top_k, num_experts, first_expert, count, columns,
+    KIND: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BY_TOKEN: tl.constexpr, ROW_TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     expert = row * 0
@@ -227,6 +282,14 @@ def quantize_kernel(
     if BY_TOKEN:
         source = row // top_k
     g = tl.arange(0, GROUPS)
+    group_count = (columns + GROUP - 1) // GROUP
+    stored = group_count
+    if ROW_TILE > 1:
+        stored = (group_count + 3) // 4 * 4
+        if row >= count:
+            at = scale_ptr + _scale_offset(row, g, group_count, ROW_TILE)
+            tl.store(at, tl.zeros((GROUPS,), tl.uint8), mask=g < stored)
+            return
     k = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = k < columns
     x = widen(tl.load(x_ptr + source * columns + k, mask=inside, other=0.0))
@@ -239,19 +302,19 @@ def quantize_kernel(
             codes_ptr + row * columns + k, round_to(x, codes_ptr.dtype.element_ty), mask=inside
         )
     else:
-        group_count = (columns + GROUP - 1) // GROUP
         amax = tl.max(abs_bits(x), axis=1).to(tl.float32, bitcast=True)
-        scale_at = scale_ptr + row * group_count + g
+        scale_at = scale_ptr + _scale_offset(row, g, group_count, ROW_TILE)
         if KIND == "nvfp4":
             _quantize_nvfp4(
                 x, amax, scale_at, codes_ptr + row * (columns // 2), global_ptr + row, static_ptr,
-                expert, columns, GROUP, GROUPS,
+                expert, columns, stored, GROUP, GROUPS,
             )  # fmt: skip
         else:
             if KIND == "mxfp8":
                 byte = encode_e8m0(tl.div_rn(amax, 448.0))
                 scale = decode_e8m0(byte)
-                tl.store(scale_at, byte.to(tl.uint8), mask=g < group_count)
+                byte = tl.where(g < group_count, byte, 0)
+                tl.store(scale_at, byte.to(tl.uint8), mask=g < stored)
             else:
                 if static_ptr is not None:
                     scale = tl.zeros_like(amax) + tl.load(static_ptr + expert)
@@ -266,7 +329,7 @@ def quantize_kernel(
 
 @triton.jit
 def _quantize_nvfp4(
-    x, amax, scale_at, codes_ptr, global_ptr, static_ptr, expert, columns,
+    x, amax, scale_at, codes_ptr, global_ptr, static_ptr, expert, columns, stored,
     GROUP: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     one = tl.full((1,), 1.0, tl.float32)
@@ -285,7 +348,7 @@ def _quantize_nvfp4(
     # fp32 nearest to 1/6, as the formula has it.
     code = encode_e4m3(amax * (encode * 0.1666666716337204))
     g = tl.arange(0, GROUPS)
-    tl.store(scale_at, code, mask=g < columns // GROUP)
+    tl.store(scale_at, tl.where(g < columns // GROUP, code, 0).to(tl.uint8), mask=g < stored)
     scale = decode_e4m3(code, False)
     inverse = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale * tl.div_rn(one, encode))
     inverse = tl.where(inverse > largest, largest, inverse)

@@ -7,7 +7,9 @@ Weights follow the same formulas; only the order of a sum over the selected may 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,31 +61,56 @@ def route(
     """`METHODS[method](logits, top_k, ...)` in one launch, for arguments that it accepts.
 
     logits: [T, E] fp32, bf16 or fp16; bias: [E]. Arguments that the method lacks must keep their
-    defaults. Arguments are checked by the method itself, on no tokens: the same errors.
+    defaults. Arguments are checked by the method itself, once for each kind: the same errors.
     """
-    named = {
-        "bias": bias,
+    options = {
         "num_expert_group": num_expert_group,
         "topk_group": topk_group,
         "routed_scaling_factor": routed_scaling_factor,
         "norm_topk_prob": norm_topk_prob,
     }
-    defaults: dict[str, Any] = {"bias": None, "num_expert_group": 1, "topk_group": 1}
-    defaults |= {"routed_scaling_factor": 1.0, "norm_topk_prob": True}
-    given = {n: v for n, v in named.items() if v is not defaults[n] and v != defaults[n]}
-    METHODS[method](logits[:0], top_k, **given)
+    _check(method, top_k, _kind(logits[:0]), bias if bias is None else _kind(bias), **options)
     kind, (tokens, experts) = _METHODS[method], logits.shape
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens:
-        route_kernel[(tokens,)](
-            logits.contiguous(), bias, ids, weights, routed_scaling_factor,
-            EXPERTS=experts, SIZE=max(triton.next_power_of_2(experts), 2),
-            TOP_K=top_k, SLOTS=max(triton.next_power_of_2(top_k), 2),
-            GROUPS=num_expert_group, TOP_GROUPS=topk_group,
-            SCORE=kind.score, WEIGHT=kind.weight, NORM=kind.norm if norm_topk_prob else "none",
-        )  # fmt: skip
+        with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+            route_kernel[(tokens,)](
+                logits.contiguous(), None if bias is None else bias.contiguous(), ids, weights,
+                routed_scaling_factor,
+                EXPERTS=experts, SIZE=max(triton.next_power_of_2(experts), 2),
+                TOP_K=top_k, SLOTS=max(triton.next_power_of_2(top_k), 2),
+                GROUPS=num_expert_group, TOP_GROUPS=topk_group,
+                SCORE=kind.score, WEIGHT=kind.weight, NORM=kind.norm if norm_topk_prob else "none",
+            )  # fmt: skip
     return Routing(ids, weights, kind.on_input)
+
+
+_DEFAULTS = {
+    "num_expert_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.0,
+    "norm_topk_prob": True,
+}
+_Kind = tuple[torch.Size, torch.dtype, torch.device]
+
+
+def _kind(tensor: Tensor) -> _Kind:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _like(kind: _Kind) -> Tensor:
+    shape, dtype, device = kind
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=1024)
+def _check(method: str, top_k: int, logits: _Kind, bias: _Kind | None, **options: Any) -> None:
+    """Run the method on no tokens: it raises what it raises on many."""
+    given = {name: value for name, value in options.items() if value != _DEFAULTS[name]}
+    if bias is not None:
+        given["bias"] = _like(bias)
+    METHODS[method](_like(logits), top_k, **given)
 
 
 @triton.jit

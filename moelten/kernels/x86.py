@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moelten.casts import decode_e2m1
 from moelten.formats import BF16, MXFP4, Format, Int4
-from moelten.kernels.cpu import run_chain
+from moelten.kernels.cpu import ChainBackend, Gemm
 from moelten.kernels.x86_gemm import (
     COLUMNS,
     grouped_gemm,
@@ -29,7 +29,6 @@ from moelten.packed import PackedExperts
 from moelten.packing import sign_extend
 from moelten.plan import Plan
 from moelten.qtensor import QTensor
-from moelten.routing import Routing
 from moelten.weights import ExpertSpec
 
 
@@ -55,10 +54,9 @@ class VnniLayout:
         return QTensor(data, fmt, scale)
 
 
-class X86Backend:
+class X86Backend(ChainBackend):
     name = "x86"
     layout = VnniLayout()
-    devices = ("cpu",)
 
     def refusals(self, spec: ExpertSpec, device: torch.device) -> list[str]:
         if device.type != "cpu":
@@ -79,7 +77,7 @@ class X86Backend:
             reasons.append(missing)
         return reasons
 
-    def run(self, x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
+    def gemm(self, experts: PackedExperts) -> Gemm:
         fmt, parts = experts.spec.scheme.weights, experts.tensors
         table = code_table(isinstance(fmt, Int4))
 
@@ -99,7 +97,7 @@ class X86Backend:
             )
             return result
 
-        run_chain(x, experts, routing, out, gemm)
+        return gemm
 
 
 def _takes(fmt: Format) -> bool:
