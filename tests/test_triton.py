@@ -49,7 +49,7 @@ from moelten.kernels.triton_casts import (  # noqa: E402
     round_to,
     widen,
 )
-from moelten.kernels.triton_gemm import _pair_of_e2m1, _pair_of_int4  # noqa: E402
+from moelten.kernels.triton_decode import columns_of, decode_words  # noqa: E402
 from moelten.plan import make_plan  # noqa: E402
 from moelten.qtensor import QTensor, quantize  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
@@ -166,26 +166,40 @@ def test_dot(dtype):
 
 
 @triton.jit
-def pairs_kernel(bytes_ptr, zero_ptr, int4_ptr, e2m1_ptr, TYPE: tl.constexpr):
-    row, column = tl.arange(0, 16), tl.arange(0, 16)
-    codes = tl.load(bytes_ptr + row[:, None] * 16 + column[None, :])
-    at = row[:, None] * 32 + tl.arange(0, 32)[None, :]
-    tl.store(int4_ptr + at, _pair_of_int4(codes, tl.load(zero_ptr + row), TYPE).to(tl.float32))
-    tl.store(e2m1_ptr + at, _pair_of_e2m1(codes, TYPE).to(tl.float32))
+def words_kernel(
+    words_ptr, zero_ptr, scale_ptr, int4_ptr, e2m1_ptr, TYPE: tl.constexpr, FRAGMENT: tl.constexpr
+):
+    row, word, group = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, 2)
+    words = tl.load(words_ptr + row[:, None] * 4 + word[None, :])
+    zero = tl.load(zero_ptr + row)
+    scale = tl.load(scale_ptr + row[:, None] * 2 + group[None, :])
+    column = tl.arange(0, 32)
+    if FRAGMENT:
+        column = columns_of(column, 32)
+    at = row[:, None] * 32 + column[None, :]
+    tl.store(int4_ptr + at, widen(decode_words(words, zero, None, "int4", TYPE, FRAGMENT)))
+    tl.store(e2m1_ptr + at, widen(decode_words(words, None, scale, "e2m1", TYPE, FRAGMENT)))
 
 
-@pytest.mark.parametrize("dtype", ["fp16"] if INTERPRET else ["fp16", "bf16"])
-def test_both_nibbles_of_every_byte(dtype):
-    """The decoders of 16-bit operands, which only GPUs use; the interpreter has no bf16 product."""
+@pytest.mark.parametrize("dtype", [tl.float16, tl.bfloat16], ids=str)
+@pytest.mark.parametrize("fragment", [False, True])
+def test_words_of_eight_codes(dtype, fragment):
+    """Every byte in every place, for both orders of columns."""
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
     zero = torch.arange(-8, 8, dtype=torch.int8)
+    scale = torch.exp2(torch.arange(-16.0, 16).view(16, 2) / 3).round(decimals=1).clamp(0.125, 32)
+    scale = (scale * 8).floor() / 8
     nibbles = packing.unpack_nibbles(codes)
-    wanted = packing.sign_extend(nibbles).float() - zero[:, None], casts.decode_e2m1(nibbles)
+    wanted = (
+        packing.sign_extend(nibbles).float() - zero[:, None],
+        casts.decode_e2m1(nibbles) * scale.repeat_interleave(16, 1),
+    )
     found = tuple(torch.empty(16, 32, device=DEVICE) for _ in wanted)
-    kind = tl.float16 if dtype == "fp16" else tl.bfloat16
-    pairs_kernel[(1,)](codes.to(DEVICE), zero.to(DEVICE), *found, kind)
-    for got, want in zip(found, wanted, strict=True):
-        assert torch.equal(got.cpu(), want)
+    arguments = (part.to(DEVICE) for part in (codes.view(torch.int32), zero, scale))
+    words_kernel[(1,)](*arguments, *found, dtype, fragment)
+    assert torch.equal(found[0].cpu(), wanted[0])
+    kind = torch.float16 if dtype == tl.float16 else torch.bfloat16
+    assert torch.equal(found[1].cpu(), (wanted[1].to(kind)).float())
 
 
 # Stages, bit for bit.

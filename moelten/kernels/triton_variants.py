@@ -7,12 +7,14 @@ exactly; a scale is folded into the operand only where the product stays exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
+from moelten.formats import BF16, FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
 
 _MAX_BLOCK_K = 128
 _MIN_8BIT_BLOCK_K = 32
@@ -80,7 +82,9 @@ class Side:
 class Variant:
     """Everything about a GEMM that is fixed when it is compiled, but for its shape.
 
-    operand:  type of what the matrix instructions take, "blocks" for codes with blocks' scales
+    operand:       type of what matrix instructions take, "blocks" for codes with blocks' scales
+    block_n:       rows of the matrix in a tile, of each half
+    tokens_left:   whether tokens are the matrix instruction's left operand, else weights
     """
 
     weights: Side
@@ -92,6 +96,12 @@ class Variant:
     block_k: int
     num_warps: int
     num_stages: int
+    tokens_left: bool = False
+
+    @property
+    def decodes_words(self) -> bool:
+        """Whether 4-bit codes are decoded eight at a time, which gives 16-bit values."""
+        return self.operand in ("bf16", "fp16")
 
     @property
     def block_scaled(self) -> bool:
@@ -111,42 +121,95 @@ def current_target() -> Target:
 
 
 def block_m(pairs: int, num_experts: int) -> int:
-    """Pairs per tile: a power of two near the mean of an expert, 16..128."""
-    mean = -(-pairs // num_experts)
-    return min(max(1 << (mean - 1).bit_length(), 16), 128)
+    """Pairs per tile: a power of two, 16..128, that the pairs of most experts fit."""
+    mean = pairs / num_experts
+    return min(max(1 << math.ceil(mean + 1.5 * mean**0.5 - 1).bit_length(), 16), 128)
+
+
+def row_dtype(weights: Format, activations: Format, target: Target) -> torch.dtype | None:
+    """What activations are stored as for the GEMM, None for codes as the format has them.
+
+    e4m3 codes are widened once, not in every tile. bf16 rows that meet int4 codes times bf16
+    scales, which are exact in fp16 alone, become fp16 times a power of two: exact but for elements
+    below 2**-31 of their row's largest.
+    """
+    if target.multiplies_blocks(weights, activations):
+        return None
+    if activations == BF16 and _folds_in_fp16(weights):
+        return torch.float16
+    if isinstance(activations, FP8):
+        operand = _operand(weights, activations, target, None)
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(operand)
+    return None
 
 
 @lru_cache(maxsize=1024)
 def make_variant(
-    weights: Format, activations: Format, target: Target, tokens: int, halves: int
+    weights: Format,
+    activations: Format,
+    target: Target,
+    tokens: int,
+    halves: int,
+    rows: torch.dtype | None = None,
 ) -> Variant:
-    """The variant for a scheme, for tiles of `tokens` pairs and a matrix of `halves`."""
-    operand = _operand(weights, activations, target)
+    """The variant for a scheme, for tiles of `tokens` pairs and a matrix of `halves`.
+
+    rows: dtype of the activations' storage, by default that of `row_dtype`
+    """
+    rows = row_dtype(weights, activations, target) if rows is None else rows
+    operand = _operand(weights, activations, target, rows)
     sides = _side(weights, operand), _side(activations, operand)
     if operand == "blocks":
         return _block_scaled(sides, target, tokens, halves)
+    if isinstance(activations, Float) and operand != activations.name:
+        sides = sides[0], Side("float", mode="row")
+    elif rows in (torch.float16, torch.bfloat16):
+        sides = sides[0], replace(sides[1], codes="float")
+    if tokens < 64 and sides[0].codes == "int4" and sides[0].mode == "fold":
+        # A few accumulators are cheaper to scale than long groups of weights.
+        if sides[0].group >= _MAX_BLOCK_K:
+            sides = replace(sides[0], mode="group"), sides[1]
     block_k = _block_k(sides, operand)
     if operand in ("e4m3", "int8") and block_k < _MIN_8BIT_BLOCK_K:
         # 8-bit matrix instructions take 32 columns; bf16 holds the same codes and takes 16.
         operand = "bf16"
+    tile = _tile(sides, operand, target, tokens, halves)
     precision = "tf32x3" if target.backend == "cuda" else "ieee"
-    # Measured on H200: 64 rows and 4 warps beat 128 rows and 8 warps, at 16 and at 128 tokens.
-    block_n, num_warps, num_stages = 64, 4, 4
-    if tokens >= 64:
-        block_k, num_stages = min(block_k, 64), 3
-    if target.backend == "hip":
-        num_stages = 2
-    if target.exact_fp8_dot and target.backend == "cuda" and halves > 1:
-        decoded = sides[1].codes != "float" and "group" not in (sides[0].mode, sides[1].mode)
-        if decoded:
-            # NOTE: Triton 3.6 fails to pipeline two tcgen05 dots that share a decoded operand.
-            num_stages = 1
+    return Variant(
+        *sides,
+        operand,
+        target.native_fp8,
+        precision,
+        **tile | {"block_k": min(block_k, tile["block_k"])},
+    )
+
+
+def _tile(
+    sides: tuple[Side, Side], operand: str, target: Target, tokens: int, halves: int
+) -> dict[str, Any]:
+    """Sizes of a tile and what runs it, as measured on H200."""
     if target.backend == "interpreter":
         # Its cost is the number of operations, whatever their size.
-        block_n = 128
-    return Variant(
-        *sides, operand, target.native_fp8, precision, block_n, block_k, num_warps, num_stages
-    )
+        tile = {"block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 1}
+        return tile | {"tokens_left": tokens >= 64}
+    grouped = "group" in (sides[0].mode, sides[1].mode)
+    # Scales of rows are cheap beside the left operand, of which a thread has few rows.
+    by_row = grouped and sides[0].mode == "group" and sides[0].row_block == 1
+    if tokens < 64 or by_row:
+        tile = {"block_n": 64 // halves, "block_k": 128, "num_warps": 4, "num_stages": 4}
+        if tokens >= 64:
+            tile |= {"block_k": 64, "num_stages": 3}
+    else:
+        # Two of these fit a multiprocessor: one multiplies while the other decodes.
+        tile = {"block_n": 128 // halves, "block_k": 64, "num_warps": 4, "num_stages": 3}
+        tile["tokens_left"] = True
+        if tokens == 128 and (grouped or operand == "fp32"):
+            tile["num_warps"] = 8
+            if operand == "fp16":
+                tile["block_k"] = 128
+    if target.backend == "hip":
+        tile["num_stages"] = 2
+    return tile
 
 
 def _block_scaled(sides: tuple[Side, Side], target: Target, tokens: int, halves: int) -> Variant:
@@ -158,11 +221,11 @@ def _block_scaled(sides: tuple[Side, Side], target: Target, tokens: int, halves:
     return Variant(*sides, "blocks", True, "ieee", block_n, block_k, num_warps, num_stages)
 
 
-def _operand(weights: Format, activations: Format, target: Target) -> str:
+def _operand(weights: Format, activations: Format, target: Target, rows: torch.dtype | None) -> str:
     if target.multiplies_blocks(weights, activations):
         return "blocks"
     if isinstance(activations, Float):
-        return activations.name
+        return "fp16" if rows == torch.float16 else activations.name
     # e2m1 times its block scale is exact in bf16, and so is every 8-bit code: one product for all.
     if isinstance(weights, MXFP4 | MXFP8 | NVFP4):
         return "bf16"
@@ -170,6 +233,14 @@ def _operand(weights: Format, activations: Format, target: Target) -> str:
         return "int8"
     # e4m3 and int4 codes are exact in fp16, which e4m3 converts to in one instruction.
     return "e4m3" if target.exact_fp8_dot else "fp16"
+
+
+def _folds_in_fp16(fmt: Format) -> bool:
+    """Whether code times scale takes 11 bits, which fp16 has and bf16 has not."""
+    if not isinstance(fmt, Int4) or fmt.zero_point or fmt.scale != "bfloat16":
+        return False
+    group = fmt.group_size
+    return group is not None and group & (group - 1) == 0
 
 
 def _side(fmt: Format, operand: str) -> Side:
@@ -187,6 +258,8 @@ def _side(fmt: Format, operand: str) -> Side:
     codes = {Int4: "int4", Int8: "int8", FP8: "e4m3"}[type(fmt)]
     if group is None:
         return Side(codes, scale, "row", row_block=rows or 0)
+    if operand == "fp16" and _folds_in_fp16(fmt):
+        return Side(codes, scale, "fold", group)
     return Side(codes, scale, "group", group, rows or 0)
 
 
