@@ -50,6 +50,7 @@ from moelten.kernels.triton_casts import (  # noqa: E402
     widen,
 )
 from moelten.kernels.triton_decode import columns_of, decode_words  # noqa: E402
+from moelten.kernels.triton_variants import block_m  # noqa: E402
 from moelten.plan import make_plan  # noqa: E402
 from moelten.qtensor import QTensor, quantize  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
@@ -238,6 +239,21 @@ def test_quantized_rows_are_bit_exact(fmt, dtype, columns):
     assert_same_rows(triton_ops.quantize_rows(x.to(DEVICE), fmt), quantize(x, fmt))
 
 
+@pytest.mark.parametrize("columns", [256, 80])
+def test_rows_stored_as_operands(columns):
+    """fp16 rows are the bf16 ones times a power of two, exactly; widened e4m3 is e4m3."""
+    x = hard_rows(columns).to(DEVICE)
+    x[0] *= torch.exp2(-torch.arange(columns, device=DEVICE) % 16)
+    x[6] = 3e38
+    rows = triton_ops.quantize_rows(x, BF16, dtype=torch.float16)
+    assert rows.data.dtype == torch.float16 and rows.data.abs().max() < 2**15
+    assert torch.equal(rows.data.double() * rows.scale.double(), x.double())
+    codes = triton_ops.quantize_rows(x, FP8_ROW)
+    wide = triton_ops.quantize_rows(x, FP8_ROW, dtype=torch.float16)
+    assert torch.equal(wide.scale, codes.scale)
+    assert torch.equal(wide.data.float(), codes.data.view(torch.float8_e4m3fn).float())
+
+
 @pytest.mark.parametrize("fmt", [FP8_TENSOR, NVFP4(), INT8_ROW], ids=lambda fmt: fmt.name)
 def test_quantized_pairs_are_bit_exact(fmt):
     """Each pair's row: the token's, by router weight and its expert's pre-scale, static scale."""
@@ -311,6 +327,15 @@ def test_every_scheme(name):
 @pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32z_fp8", "fp8block_fp8"])
 def test_more_than_one_tile(name):
     check(Case(scheme(name), 2, 256, 160, tokens=35, top_k=1))
+
+
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32_bf16", "int4g32z_bf16", "fp8block_fp8"])
+def test_full_and_half_tiles(name):
+    """Many tokens are the left operand; an expert with few of them takes half a tile."""
+    case = tiny(name, num_experts=2, tokens=130, top_k=1, intermediate_size=64)
+    ids = (torch.arange(130) % 4 == 0).int()[:, None]
+    assert block_m(130, 2) == 128
+    check(case, None, make_input(case)[0], Routing(ids, torch.rand(130, 1)))
 
 
 @pytest.mark.parametrize("name", ["mxfp4_bf16", "int8_int8"])
@@ -484,7 +509,8 @@ def test_launches(monkeypatch):
         return inner(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "run", counted)
-    for name, tokens, most in (("mxfp4_bf16", 4, 4), ("mxfp4_fp8", 4, 6), ("fp8block_fp8", 80, 7)):
+    cases = ("mxfp4_bf16", 4, 4), ("mxfp4_fp8", 4, 6), ("fp8block_fp8", 80, 7)
+    for name, tokens, most in (*cases, ("int4g32_bf16", 80, 7)):
         case = tiny(name, tokens=tokens, hidden_size=32, intermediate_size=32)
         weights, (x, routing) = make_weights(case), make_input(case)
         counts.clear()

@@ -32,6 +32,8 @@ from moelten.kernels.triton_scaled import scaled_constants, scaled_gemm_kernel
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.qtensor import QTensor
 
+_FEW_ROWS = 1 << 16
+
 
 def grouped_gemm(
     rows: Rows,
@@ -52,8 +54,10 @@ def grouped_gemm(
     """
     *batch, height, columns = matrix.shape
     halves = batch[1] if len(batch) == 2 else 1
+    # On few multiprocessors' worth of tiles, smaller ones read memory faster.
+    few = plan.max_tiles * height * halves < _FEW_ROWS
     variant = make_variant(
-        matrix.format, activation_format, target, plan.block, halves, rows.data.dtype
+        matrix.format, activation_format, target, plan.block, halves, rows.data.dtype, few
     )
     tiles_n = triton.cdiv(height, variant.block_n)
     table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
@@ -137,13 +141,15 @@ def _row_units(pointer, row, inside, COLUMNS: tl.constexpr, STEP: tl.constexpr):
     The largest comes to 2**11 .. 2**12, so that 8 times it fits. Products with int4 codes, of 11
     bits, are exact down to 2**-26 of that; below, they are off by less than 2**-36 of it.
     """
-    top = tl.zeros(row.shape, tl.int32)
-    for start in range(0, COLUMNS, STEP):
+    ROWS: tl.constexpr = row.shape[0]
+    top = tl.zeros((ROWS, STEP), tl.int32)
+    # Unrolled, so that all loads are under way at once.
+    for start in tl.static_range(0, COLUMNS, STEP):
         g = start + tl.arange(0, STEP)
         mask = inside[:, None] & (g < COLUMNS)[None, :]
         scale = tl.load(pointer + row[:, None] + g[None, :], mask=mask, other=0.0)
-        top = tl.maximum(top, tl.max(abs_bits(widen(scale)), axis=1))
-    exponent = tl.minimum(tl.maximum(top >> 23, 12), 254)
+        top = tl.maximum(top, abs_bits(widen(scale)))
+    exponent = tl.minimum(tl.maximum(tl.max(top, axis=1) >> 23, 12), 254)
     down = ((265 - exponent) << 23).to(tl.float32, bitcast=True)
     return down, ((exponent - 11) << 23).to(tl.float32, bitcast=True)
 
@@ -245,10 +251,10 @@ def _part_halves(acc, HALVES: tl.constexpr, TOKENS_LEFT: tl.constexpr):
         return tl.reshape(h0, shape), tl.reshape(h1, shape)
 
 
-@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit"])
-def gemm_kernel(
+@triton.jit
+def _gemm_tile(
     w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
-    pairs_ptr, tiles_ptr, count_ptr, max_tiles,
+    pairs_ptr, begin, end, expert, first,
     bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
     alpha, beta, limit, rows_per_source,
     K: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr,
@@ -260,18 +266,11 @@ def gemm_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     TOKENS_LEFT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M pairs of one expert by BLOCK_N rows of its matrix (of both halves)."""
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    """Pairs begin .. end - 1 of one expert by BLOCK_N rows of its matrix (of both halves)."""
     ROWS: tl.constexpr = BLOCK_N * HALVES
-    program = tl.program_id(0)
-    tile = program // TILES_N
-    if tile >= tl.load(count_ptr):
-        return
-    expert = tl.load(tiles_ptr + tile).to(tl.int64)
-    position = tl.load(tiles_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
-    inside_m = position < tl.load(tiles_ptr + 2 * max_tiles + tile)
+    position = begin + tl.arange(0, BLOCK_M)
+    inside_m = position < end
     pair = tl.load(pairs_ptr + position, mask=inside_m, other=0).to(tl.int64)
-    first = (program % TILES_N) * BLOCK_N
     # Rows of the halves take turns so that one thread's accumulators hold both of an output:
     # one by one along a fragment's columns, by eights along its rows.
     RUN: tl.constexpr = 1 if TOKENS_LEFT else 8
@@ -311,7 +310,11 @@ def gemm_kernel(
     unit = None
     back = None
     if UNITS:
-        STEP: tl.constexpr = min(triton.next_power_of_2(SCALE_COLUMNS), 64)
+        # NOTE: Triton 3.6 lays out what follows after this load. With 2048 columns of scales at
+        # once the weights come as their fragment; with 512 no register spills on the right.
+        PADDED: tl.constexpr = triton.next_power_of_2(SCALE_COLUMNS)
+        COLUMNS: tl.constexpr = 512 if TOKENS_LEFT else 2048
+        STEP: tl.constexpr = min(PADDED, max(COLUMNS // W_GROUP, 16, PADDED // 16))
         unit, back = _row_units(w_scale_ptr, w_scale_row, inside_r, SCALE_COLUMNS, STEP)
     # Scales and zero points are loaded one step ahead: too small for copies in the background.
     raw = None
@@ -340,7 +343,7 @@ def gemm_kernel(
         w_scale = None
         a_scale = None
         if BLOCKED:
-            both = raw + tl.zeros((ROWS,), raw.dtype)
+            both = raw + tl.zeros((ROWS,), w_scale_ptr.dtype.element_ty)
             if HALVES == 2:
                 both = tl.where(half == 0, raw, raw1)
             w_scale = decode_scale(both, W_SCALE, NATIVE)
@@ -366,7 +369,7 @@ def gemm_kernel(
             at = a_scale_ptr + a_scale_row + later // A_GROUP
             a_raw = load_raw_scale(at, inside_m & (later < K), A_SCALE)
 
-    if UNITS:
+    if back is not None:
         acc = acc * (back[None, :] if TOKENS_LEFT else back[:, None])
     acc0, acc1 = _part_halves(acc, HALVES, TOKENS_LEFT)
     n = first + tl.arange(0, BLOCK_N)
@@ -393,3 +396,52 @@ def gemm_kernel(
         h0, h1, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit,
         expert, pair, inside_m, n, inside_n, N, ACTIVATION, LIMITED,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit"])
+def gemm_kernel(
+    w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
+    pairs_ptr, tiles_ptr, count_ptr, max_tiles,
+    bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
+    alpha, beta, limit, rows_per_source,
+    K: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
+    W_CODES: tl.constexpr, W_SCALE: tl.constexpr, W_MODE: tl.constexpr,
+    W_GROUP: tl.constexpr, W_ROWS: tl.constexpr,
+    A_CODES: tl.constexpr, A_SCALE: tl.constexpr, A_MODE: tl.constexpr, A_GROUP: tl.constexpr,
+    OPERAND: tl.constexpr, NATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
+):  # fmt: skip
+    """One tile of up to BLOCK_M pairs of one expert by BLOCK_N rows of its matrix."""
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    tile = program // TILES_N
+    if tile >= tl.load(count_ptr):
+        return
+    expert = tl.load(tiles_ptr + tile).to(tl.int64)
+    begin = tl.load(tiles_ptr + max_tiles + tile)
+    end = tl.load(tiles_ptr + 2 * max_tiles + tile)
+    first = (program % TILES_N) * BLOCK_N
+    # What is left of an expert's pairs costs half where half a tile holds it.
+    HALF: tl.constexpr = BLOCK_M // 2 if TOKENS_LEFT and BLOCK_M == 128 else BLOCK_M
+    if HALF < BLOCK_M and end - begin <= HALF:
+        _gemm_tile(
+            w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
+            pairs_ptr, begin, end, expert, first,
+            bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
+            alpha, beta, limit, rows_per_source,
+            K, N, HALVES, ACTIVATION, LIMITED, W_CODES, W_SCALE, W_MODE, W_GROUP, W_ROWS,
+            A_CODES, A_SCALE, A_MODE, A_GROUP, OPERAND, NATIVE, PRECISION,
+            HALF, BLOCK_N, BLOCK_K, TOKENS_LEFT,
+        )  # fmt: skip
+    else:
+        _gemm_tile(
+            w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
+            pairs_ptr, begin, end, expert, first,
+            bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
+            alpha, beta, limit, rows_per_source,
+            K, N, HALVES, ACTIVATION, LIMITED, W_CODES, W_SCALE, W_MODE, W_GROUP, W_ROWS,
+            A_CODES, A_SCALE, A_MODE, A_GROUP, OPERAND, NATIVE, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, TOKENS_LEFT,
+        )  # fmt: skip

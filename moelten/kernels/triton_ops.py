@@ -31,7 +31,7 @@ from moelten.kernels.triton_casts import (
 from moelten.layouts import ROW_TILES, swizzled_size
 
 _SMALL_PLAN = 128
-_SCAN = 2048
+_SCAN = 8192
 # Room for tiles is reckoned with this, so that it never shrinks when tokens are added.
 _SMALLEST_BLOCK = 16
 
@@ -83,10 +83,11 @@ def make_tile_plan(
         pad = max(triton.next_power_of_2(size), 16)
         small_plan_kernel[(1,)](ids, pairs, tiles, count, *sizes, BLOCK=block, SIZE=pad)
         return plan
-    count_kernel[(num_experts,)](ids, counts, size, first_expert, SCAN=_SCAN)
+    scan = min(triton.next_power_of_2(size), _SCAN)
+    count_kernel[(num_experts,)](ids, counts, size, first_expert, SCAN=scan)
     experts = triton.next_power_of_2(num_experts)
     place_kernel[(num_experts,)](
-        ids, counts, pairs, tiles, count, *sizes, BLOCK=block, EXPERTS=experts, SCAN=_SCAN
+        ids, counts, pairs, tiles, count, *sizes, BLOCK=block, EXPERTS=experts, SCAN=scan
     )
     return plan
 

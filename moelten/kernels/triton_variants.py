@@ -123,7 +123,8 @@ def current_target() -> Target:
 def block_m(pairs: int, num_experts: int) -> int:
     """Pairs per tile: a power of two, 16..128, that the pairs of most experts fit."""
     mean = pairs / num_experts
-    return min(max(1 << math.ceil(mean + 1.5 * mean**0.5 - 1).bit_length(), 16), 128)
+    most = math.ceil(mean + 1.5 * math.sqrt(mean))
+    return min(max(1 << (most - 1).bit_length(), 16), 128)
 
 
 def row_dtype(weights: Format, activations: Format, target: Target) -> torch.dtype | None:
@@ -151,10 +152,12 @@ def make_variant(
     tokens: int,
     halves: int,
     rows: torch.dtype | None = None,
+    few: bool = False,
 ) -> Variant:
     """The variant for a scheme, for tiles of `tokens` pairs and a matrix of `halves`.
 
     rows: dtype of the activations' storage, by default that of `row_dtype`
+    few:  whether there are so few tiles that smaller ones would occupy the GPU better
     """
     rows = row_dtype(weights, activations, target) if rows is None else rows
     operand = _operand(weights, activations, target, rows)
@@ -173,7 +176,7 @@ def make_variant(
     if operand in ("e4m3", "int8") and block_k < _MIN_8BIT_BLOCK_K:
         # 8-bit matrix instructions take 32 columns; bf16 holds the same codes and takes 16.
         operand = "bf16"
-    tile = _tile(sides, operand, target, tokens, halves)
+    tile = _tile(sides, operand, target, tokens, halves, few)
     precision = "tf32x3" if target.backend == "cuda" else "ieee"
     return Variant(
         *sides,
@@ -185,7 +188,7 @@ def make_variant(
 
 
 def _tile(
-    sides: tuple[Side, Side], operand: str, target: Target, tokens: int, halves: int
+    sides: tuple[Side, Side], operand: str, target: Target, tokens: int, halves: int, few: bool
 ) -> dict[str, Any]:
     """Sizes of a tile and what runs it, as measured on H200."""
     if target.backend == "interpreter":
@@ -196,16 +199,22 @@ def _tile(
     # Scales of rows are cheap beside the left operand, of which a thread has few rows.
     by_row = grouped and sides[0].mode == "group" and sides[0].row_block == 1
     if tokens < 64 or by_row:
-        tile = {"block_n": 64 // halves, "block_k": 128, "num_warps": 4, "num_stages": 4}
+        # Short codes are decoded from registers: more rows share the tokens' tile.
+        many = sides[0].codes in ("int4", "e2m1") and tokens < 64 and not few
+        tile = {"block_n": (128 if many else 64) // halves, "num_warps": 4}
+        tile |= {"block_k": 128, "num_stages": 4}
+        if many and tokens > 16:
+            tile["num_warps"] = 8
         if tokens >= 64:
             tile |= {"block_k": 64, "num_stages": 3}
     else:
         # Two of these fit a multiprocessor: one multiplies while the other decodes.
         tile = {"block_n": 128 // halves, "block_k": 64, "num_warps": 4, "num_stages": 3}
         tile["tokens_left"] = True
-        if tokens == 128 and (grouped or operand == "fp32"):
+        own_registers = target.backend == "cuda" and int(target.arch) != 90
+        if tokens == 128 and (grouped or operand == "fp32" or own_registers):
             tile["num_warps"] = 8
-            if operand == "fp16":
+            if grouped and operand == "fp16":
                 tile["block_k"] = 128
     if target.backend == "hip":
         tile["num_stages"] = 2
