@@ -196,9 +196,13 @@ def _tile(
         tile = {"block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 1}
         return tile | {"tokens_left": tokens >= 64}
     grouped = "group" in (sides[0].mode, sides[1].mode)
-    # Scales of rows are cheap beside the left operand, of which a thread has few rows.
-    by_row = grouped and sides[0].mode == "group" and sides[0].row_block == 1
-    if tokens < 64 or by_row:
+    before_hopper = target.backend == "cuda" and int(target.arch) < 90
+    # Scales of rows are cheap beside the left operand, of which a thread has few rows; and where
+    # both operands' fragments are in registers, two accumulators leave room for few.
+    weights_left = grouped and (
+        before_hopper or (sides[0].mode, sides[0].row_block) == ("group", 1)
+    )
+    if tokens < 64 or weights_left:
         # Short codes are decoded from registers: more rows share the tokens' tile.
         many = sides[0].codes in ("int4", "e2m1") and tokens < 64 and not few
         tile = {"block_n": (128 if many else 64) // halves, "num_warps": 4}
@@ -211,11 +215,13 @@ def _tile(
         # Two of these fit a multiprocessor: one multiplies while the other decodes.
         tile = {"block_n": 128 // halves, "block_k": 64, "num_warps": 4, "num_stages": 3}
         tile["tokens_left"] = True
-        own_registers = target.backend == "cuda" and int(target.arch) != 90
-        if tokens == 128 and (grouped or operand == "fp32" or own_registers):
+        hopper = target.backend == "cuda" and int(target.arch) == 90
+        if tokens == 128 and (grouped or operand == "fp32" or not hopper):
             tile["num_warps"] = 8
-            if grouped and operand == "fp16":
+            if hopper and grouped and operand == "fp16":
                 tile["block_k"] = 128
+        if before_hopper:
+            tile["block_k"] = 32
     if target.backend == "hip":
         tile["num_stages"] = 2
     return tile
