@@ -49,7 +49,8 @@ from moelten.kernels.triton_casts import (  # noqa: E402
     round_to,
     widen,
 )
-from moelten.kernels.triton_gemm import _pair_of_e2m1, _pair_of_int4  # noqa: E402
+from moelten.kernels.triton_decode import columns_of, decode_words  # noqa: E402
+from moelten.kernels.triton_variants import block_m  # noqa: E402
 from moelten.plan import make_plan  # noqa: E402
 from moelten.qtensor import QTensor, quantize  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
@@ -166,26 +167,40 @@ def test_dot(dtype):
 
 
 @triton.jit
-def pairs_kernel(bytes_ptr, zero_ptr, int4_ptr, e2m1_ptr, TYPE: tl.constexpr):
-    row, column = tl.arange(0, 16), tl.arange(0, 16)
-    codes = tl.load(bytes_ptr + row[:, None] * 16 + column[None, :])
-    at = row[:, None] * 32 + tl.arange(0, 32)[None, :]
-    tl.store(int4_ptr + at, _pair_of_int4(codes, tl.load(zero_ptr + row), TYPE).to(tl.float32))
-    tl.store(e2m1_ptr + at, _pair_of_e2m1(codes, TYPE).to(tl.float32))
+def words_kernel(
+    words_ptr, zero_ptr, scale_ptr, int4_ptr, e2m1_ptr, TYPE: tl.constexpr, FRAGMENT: tl.constexpr
+):
+    row, word, group = tl.arange(0, 16), tl.arange(0, 4), tl.arange(0, 2)
+    words = tl.load(words_ptr + row[:, None] * 4 + word[None, :])
+    zero = tl.load(zero_ptr + row)
+    scale = tl.load(scale_ptr + row[:, None] * 2 + group[None, :])
+    column = tl.arange(0, 32)
+    if FRAGMENT:
+        column = columns_of(column, 32)
+    at = row[:, None] * 32 + column[None, :]
+    tl.store(int4_ptr + at, widen(decode_words(words, zero, None, "int4", TYPE, FRAGMENT)))
+    tl.store(e2m1_ptr + at, widen(decode_words(words, None, scale, "e2m1", TYPE, FRAGMENT)))
 
 
-@pytest.mark.parametrize("dtype", ["fp16"] if INTERPRET else ["fp16", "bf16"])
-def test_both_nibbles_of_every_byte(dtype):
-    """The decoders of 16-bit operands, which only GPUs use; the interpreter has no bf16 product."""
+@pytest.mark.parametrize("dtype", [tl.float16, tl.bfloat16], ids=str)
+@pytest.mark.parametrize("fragment", [False, True])
+def test_words_of_eight_codes(dtype, fragment):
+    """Every byte in every place, for both orders of columns."""
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
     zero = torch.arange(-8, 8, dtype=torch.int8)
+    scale = torch.exp2(torch.arange(-16.0, 16).view(16, 2) / 3).round(decimals=1).clamp(0.125, 32)
+    scale = (scale * 8).floor() / 8
     nibbles = packing.unpack_nibbles(codes)
-    wanted = packing.sign_extend(nibbles).float() - zero[:, None], casts.decode_e2m1(nibbles)
+    wanted = (
+        packing.sign_extend(nibbles).float() - zero[:, None],
+        casts.decode_e2m1(nibbles) * scale.repeat_interleave(16, 1),
+    )
     found = tuple(torch.empty(16, 32, device=DEVICE) for _ in wanted)
-    kind = tl.float16 if dtype == "fp16" else tl.bfloat16
-    pairs_kernel[(1,)](codes.to(DEVICE), zero.to(DEVICE), *found, kind)
-    for got, want in zip(found, wanted, strict=True):
-        assert torch.equal(got.cpu(), want)
+    arguments = (part.to(DEVICE) for part in (codes.view(torch.int32), zero, scale))
+    words_kernel[(1,)](*arguments, *found, dtype, fragment)
+    assert torch.equal(found[0].cpu(), wanted[0])
+    kind = torch.float16 if dtype == tl.float16 else torch.bfloat16
+    assert torch.equal(found[1].cpu(), (wanted[1].to(kind)).float())
 
 
 # Stages, bit for bit.
@@ -222,6 +237,21 @@ def assert_same_rows(rows: triton_ops.Rows, q: QTensor):
 def test_quantized_rows_are_bit_exact(fmt, dtype, columns):
     x = hard_rows(columns, dtype)
     assert_same_rows(triton_ops.quantize_rows(x.to(DEVICE), fmt), quantize(x, fmt))
+
+
+@pytest.mark.parametrize("columns", [256, 80])
+def test_rows_stored_as_operands(columns):
+    """fp16 rows are the bf16 ones times a power of two, exactly; widened e4m3 is e4m3."""
+    x = hard_rows(columns).to(DEVICE)
+    x[0] *= torch.exp2(-torch.arange(columns, device=DEVICE) % 16)
+    x[6] = 3e38
+    rows = triton_ops.quantize_rows(x, BF16, dtype=torch.float16)
+    assert rows.data.dtype == torch.float16 and rows.data.abs().max() < 2**15
+    assert torch.equal(rows.data.double() * rows.scale.double(), x.double())
+    codes = triton_ops.quantize_rows(x, FP8_ROW)
+    wide = triton_ops.quantize_rows(x, FP8_ROW, dtype=torch.float16)
+    assert torch.equal(wide.scale, codes.scale)
+    assert torch.equal(wide.data.float(), codes.data.view(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("fmt", [FP8_TENSOR, NVFP4(), INT8_ROW], ids=lambda fmt: fmt.name)
@@ -297,6 +327,15 @@ def test_every_scheme(name):
 @pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32z_fp8", "fp8block_fp8"])
 def test_more_than_one_tile(name):
     check(Case(scheme(name), 2, 256, 160, tokens=35, top_k=1))
+
+
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32_bf16", "int4g32z_bf16", "fp8block_fp8"])
+def test_full_and_half_tiles(name):
+    """Many tokens are the left operand; an expert with few of them takes half a tile."""
+    case = tiny(name, num_experts=2, tokens=130, top_k=1, intermediate_size=64)
+    ids = (torch.arange(130) % 4 == 0).int()[:, None]
+    assert block_m(130, 2) == 128
+    check(case, None, make_input(case)[0], Routing(ids, torch.rand(130, 1)))
 
 
 @pytest.mark.parametrize("name", ["mxfp4_bf16", "int8_int8"])
@@ -470,7 +509,8 @@ def test_launches(monkeypatch):
         return inner(self, *args, **kwargs)
 
     monkeypatch.setattr(kind, "run", counted)
-    for name, tokens, most in (("mxfp4_bf16", 4, 4), ("mxfp4_fp8", 4, 6), ("fp8block_fp8", 80, 7)):
+    cases = ("mxfp4_bf16", 4, 4), ("mxfp4_fp8", 4, 6), ("fp8block_fp8", 80, 7)
+    for name, tokens, most in (*cases, ("int4g32_bf16", 80, 7)):
         case = tiny(name, tokens=tokens, hidden_size=32, intermediate_size=32)
         weights, (x, routing) = make_weights(case), make_input(case)
         counts.clear()

@@ -22,7 +22,7 @@ from moelten.activations import GELU, Activation, GeGLU, Identity, ReGLU, ReLU2,
 from moelten.formats import Float
 from moelten.kernels.arena import Arena, Take, chunk_tokens
 from moelten.kernels.cpu import RowsLayout
-from moelten.kernels.triton_variants import block_m, current_target
+from moelten.kernels.triton_variants import block_m, current_target, row_dtype
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
 from moelten.qtensor import QTensor
 from moelten.routing import Routing
@@ -141,15 +141,17 @@ def _lay_out(take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bo
     from moelten.kernels import triton_ops
 
     fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
-    pairs, plain = tokens * top_k, isinstance(fmt, Float)
+    pairs, dtype = tokens * top_k, _row_dtype(spec)
+    plain = isinstance(fmt, Float)
+    as_is = plain and dtype is None
     inputs = rows = None
     if _by_pair(spec, on_input):
-        inputs = triton_ops.empty_rows(take, pairs, hidden_size, fmt)
-    elif not plain:
-        inputs = triton_ops.empty_rows(take, tokens, hidden_size, fmt)
+        inputs = triton_ops.empty_rows(take, pairs, hidden_size, fmt, dtype=dtype)
+    elif not as_is:
+        inputs = triton_ops.empty_rows(take, tokens, hidden_size, fmt, dtype=dtype)
     hidden = take(fmt.data_dtype if plain else torch.float32, pairs, inter)
-    if not plain:
-        rows = triton_ops.empty_rows(take, pairs, inter, fmt)
+    if not as_is:
+        rows = triton_ops.empty_rows(take, pairs, inter, fmt, dtype=dtype)
     block = block_m(pairs, spec.num_experts)
     plan = triton_ops.empty_plan(take, pairs, spec.num_experts, block)
     return _Stages(plan, inputs, hidden, rows, take(torch.float32, pairs, hidden_size))
@@ -190,6 +192,10 @@ def _local(spec: ExpertSpec) -> tuple[int, int]:
     return spec.num_experts, spec.first_expert
 
 
+def _row_dtype(spec: ExpertSpec) -> torch.dtype | None:
+    return row_dtype(spec.scheme.weights, spec.scheme.activations, current_target())
+
+
 def _by_pair(spec: ExpertSpec, on_input: bool) -> bool:
     """Whether input rows differ between the slots of a token."""
     return on_input or "w13_pre_scale" in spec.extras or "w13_input_scale" in spec.extras
@@ -202,11 +208,12 @@ def _run_chunk(
 
     plan = _plan(experts.spec, routing, stages.plan)
     rows, per_source = _input_rows(x, experts, routing, stages.inputs)
-    post_scale = experts.tensors.get("w2_pre_scale") if stages.rows is None else None
+    plain = isinstance(experts.spec.scheme.activations, Float)
+    post_scale = experts.tensors.get("w2_pre_scale") if plain else None
     _gemm1(rows, per_source, experts, plan, stages.hidden, post_scale)
     rows = triton_ops.Rows(stages.hidden)
     if stages.rows is not None:
-        rows = _hidden_rows(stages.hidden, experts, routing, stages.rows)
+        rows = _hidden_rows(stages.hidden, experts, routing, stages.rows, scaled=plain)
     _gemm2(rows, experts, routing, plan, stages.slots)
     triton_ops.combine(stages.slots, routing.ids, *_local(experts.spec), out)
 
@@ -225,27 +232,32 @@ def _input_rows(
     from moelten.kernels.triton_ops import Pairs, Rows, quantize_rows
 
     spec, extras = experts.spec, experts.tensors
-    fmt = spec.scheme.activations
+    fmt, dtype = spec.scheme.activations, _row_dtype(spec)
     if _by_pair(spec, routing.on_input):
         router = routing.weights if routing.on_input else None
         pre, static = extras.get("w13_pre_scale"), extras.get("w13_input_scale")
         pairs = Pairs(routing.ids, *_local(spec), router, pre, static)
-        return quantize_rows(x, fmt, pairs, by_token=True, rows=rows), 1
-    if isinstance(fmt, Float):
+        return quantize_rows(x, fmt, pairs, by_token=True, dtype=dtype, rows=rows), 1
+    if isinstance(fmt, Float) and dtype is None:
         return Rows(x), routing.top_k
-    return quantize_rows(x, fmt, rows=rows), routing.top_k
+    return quantize_rows(x, fmt, dtype=dtype, rows=rows), routing.top_k
 
 
 def _hidden_rows(
-    hidden: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None = None
+    hidden: Tensor,
+    experts: PackedExperts,
+    routing: Routing,
+    rows: Rows | None = None,
+    *,
+    scaled: bool = False,
 ) -> Rows:
-    """GEMM2's rows: hidden [P, I] in fp32, rounded to the activation format."""
+    """GEMM2's rows: hidden [P, I], `scaled` by w2_pre_scale or not, as the activation format."""
     from moelten.kernels.triton_ops import Pairs, quantize_rows
 
     spec, extras = experts.spec, experts.tensors
-    pre, static = extras.get("w2_pre_scale"), extras.get("w2_input_scale")
-    pairs = Pairs(routing.ids, *_local(spec), None, pre, static)
-    return quantize_rows(hidden, spec.scheme.activations, pairs, rows=rows)
+    pre = None if scaled else extras.get("w2_pre_scale")
+    pairs = Pairs(routing.ids, *_local(spec), None, pre, extras.get("w2_input_scale"))
+    return quantize_rows(hidden, spec.scheme.activations, pairs, dtype=_row_dtype(spec), rows=rows)
 
 
 def _gemm1(

@@ -1,9 +1,9 @@
-"""Device functions every Triton kernel shares: the one dot, the one rounding cast, and the codes.
+"""Device functions every Triton kernel shares: the dots, the one rounding cast, and the codes.
 
 Casts follow `moelten.casts` bit for bit, by integer arithmetic, on any GPU and in Triton's
-interpreter. The interpreter (3.6) truncates casts to bf16 and multiplies raw bit patterns in a bf16
-dot, so nothing outside this file may round to bf16 or call `tl.dot`. Decoding is branch-free, and
-exact in every operand type that `triton_gemm` chooses.
+interpreter. The interpreter (3.6) truncates casts to bf16, multiplies raw bit patterns in a bf16
+dot and has no block-scaled one, so nothing outside this file may round to bf16 or call `tl.dot` or
+`tl.dot_scaled`. Decoding is branch-free, exact in every operand type that `triton_gemm` chooses.
 """
 
 from __future__ import annotations
@@ -27,6 +27,44 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, out_dtype=tl.int32)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def scaled_dot(
+    a, a_scale, b, b_scale, acc,
+    A_CODES: tl.constexpr, B_CODES: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """acc + (a * a_scale) @ (b * b_scale).T, by the instructions that multiply blocks' scales in.
+
+    a, b:    bytes [rows, K] of e4m3 codes, or [rows, K / 2] of e2m1 pairs
+    scales:  bytes [rows, K / 32] of e8m0, or [rows, K / 16] of e4m3, as SCALE says
+    """
+    if INTERPRET:
+        wide = _decode_blocks(a, a_scale, A_CODES, SCALE)
+        return acc + tl.dot(
+            wide, tl.trans(_decode_blocks(b, b_scale, B_CODES, SCALE)), input_precision="ieee"
+        )
+    else:
+        if SCALE == "e4m3":
+            # The type tells the kinds of scales apart.
+            a_scale = a_scale.to(tl.float8e4nv, bitcast=True)
+            b_scale = b_scale.to(tl.float8e4nv, bitcast=True)
+        return tl.dot_scaled(a, a_scale, A_CODES, tl.trans(b), b_scale, B_CODES, acc)
+
+
+@triton.jit
+def _decode_blocks(codes, scale, CODES: tl.constexpr, SCALE: tl.constexpr):
+    """What the instruction sees, in fp32: codes times their blocks' scales."""
+    if CODES == "e2m1":
+        values = decode_e2m1(tl.interleave(codes & 0xF, codes >> 4))
+    else:
+        values = decode_e4m3(codes, False)
+    wide = decode_e8m0(scale) if SCALE == "e8m0" else decode_e4m3(scale, False)
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    GROUPS: tl.constexpr = scale.shape[1]
+    values = tl.reshape(values, (ROWS, GROUPS, COLUMNS // GROUPS))
+    return tl.reshape(values * wide[:, :, None], (ROWS, COLUMNS))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelten.kernels.triton_casts import load_scale
+from moelten.kernels.triton_casts import load_scale, round_to, widen
 
 
 @dataclass(frozen=True)
@@ -92,3 +92,24 @@ def finish(
     if bias_ptr is not None:
         h = h + tl.load(bias_ptr + matrix * N + n, mask=inside_n, other=0.0)[:, None]
     return h
+
+
+@triton.jit
+def store_pairs(
+    h0, h1, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit,
+    expert, pair, inside_m, n, inside_n,
+    N: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """Join the halves, scale and store: out[pair, n] from h0 and h1 [n, pair]."""
+    if table_ptr is not None:
+        alpha = tl.load(table_ptr + expert * 3)
+        beta = tl.load(table_ptr + expert * 3 + 1)
+        limit = tl.load(table_ptr + expert * 3 + 2)
+    y = activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
+    if post_ptr is not None:
+        y = y * tl.load(post_ptr + expert * N + n, mask=inside_n, other=0.0)[:, None]
+    if router_ptr is not None:
+        y = y * widen(tl.load(router_ptr + pair, mask=inside_m, other=0.0))[None, :]
+    y = round_to(y, out_ptr.dtype.element_ty)
+    at = pair.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(out_ptr + at, y, mask=inside_n[:, None] & inside_m[None, :])

@@ -2,10 +2,12 @@
 
     acc[n, r] = sum over k of w[expert of r, n, k] * a[r, k]
 
-The weights are the left operand, so that few tokens still fill a matrix instruction. Both operands
-pass through one decoder. A code becomes a value that is exact in the operand type; a scale joins it
-there only where the product is exact too (`fold`), and otherwise multiplies the fp32 accumulator,
-per group or once per row. Bias, activation and router weight follow in fp32; one rounding stores.
+With few tokens the weights are the left operand, so that they fill a matrix instruction; with many
+the tokens are, and weights are decoded once for all of a tile. Rows of both halves take turns in
+one operand and part again after the sum. A code becomes a value that is exact in the operand type;
+a scale joins it there only where the product is exact too (`fold`), and otherwise multiplies the
+fp32 accumulator, per group or once per row. Bias, activation and router weight follow in fp32; one
+rounding stores.
 """
 
 from __future__ import annotations
@@ -16,19 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from moelten.formats import Format
-from moelten.kernels.triton_casts import (
-    INTERPRET,
-    decode_e2m1,
-    decode_e4m3,
-    dot,
-    load_scale,
-    round_to,
-    widen,
+from moelten.kernels.triton_casts import INTERPRET, abs_bits, dot, widen
+from moelten.kernels.triton_decode import (
+    columns_of,
+    decode_bytes,
+    decode_scale,
+    decode_words,
+    load_raw_scale,
 )
-from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue, activate, finish
+from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue, finish, store_pairs
 from moelten.kernels.triton_ops import Rows, TilePlan
+from moelten.kernels.triton_scaled import scaled_constants, scaled_gemm_kernel
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.qtensor import QTensor
+
+_FEW_ROWS = 1 << 16
 
 
 def grouped_gemm(
@@ -44,20 +48,26 @@ def grouped_gemm(
 ) -> None:
     """Write out[p] for every valid pair p, from row p // rows_per_source of `rows`.
 
-    rows:    activations [R, K] in `activation_format`
+    rows:    activations [R, K] in `activation_format`, or their codes in the type of `row_dtype`
     matrix:  [E, halves, N, K] (or [E, N, K])
     out:     [P, N], bf16, fp16 or fp32; rows of invalid pairs are not written
     """
     *batch, height, columns = matrix.shape
     halves = batch[1] if len(batch) == 2 else 1
-    variant = make_variant(matrix.format, activation_format, target, plan.block, halves)
+    # On few multiprocessors' worth of tiles, smaller ones read memory faster.
+    few = plan.max_tiles * height * halves < _FEW_ROWS
+    variant = make_variant(
+        matrix.format, activation_format, target, plan.block, halves, rows.data.dtype, few
+    )
     tiles_n = triton.cdiv(height, variant.block_n)
     table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
     alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
     launch = {} if INTERPRET else {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    gemm_kernel[(plan.max_tiles * tiles_n,)](
-        as_bytes(matrix.data), as_bytes(matrix.scale), matrix.zero, matrix.global_scale,
-        rows.data, rows.scale, rows.global_scale,
+    kernel = scaled_gemm_kernel if variant.block_scaled else gemm_kernel
+    zero = () if variant.block_scaled else (matrix.zero,)
+    kernel[(plan.max_tiles * tiles_n,)](
+        stored(matrix.data, variant, columns), as_bytes(matrix.scale), *zero, matrix.global_scale,
+        stored(rows.data, variant, columns), rows.scale, rows.global_scale,
         plan.pairs, plan.tiles, plan.count, plan.max_tiles,
         epilogue.bias, table, epilogue.post_scale,
         None if epilogue.router is None else epilogue.router.contiguous(), out,
@@ -75,8 +85,18 @@ def as_bytes(part: Tensor | None) -> Tensor | None:
     return part
 
 
+def stored(codes: Tensor, variant: Variant, columns: int) -> Tensor:
+    """Codes as the kernel reads them: two to a byte, where the operand allows, eight to a word."""
+    packed = codes.dtype == torch.uint8 and codes.shape[-1] < columns
+    if packed and variant.decodes_words and columns % 8 == 0:
+        return codes.view(torch.int32)
+    return as_bytes(codes)  # type: ignore[return-value]
+
+
 def constants(variant: Variant) -> dict[str, object]:
     """The kernel's compile-time arguments that a variant decides."""
+    if variant.block_scaled:
+        return scaled_constants(variant)
     w, a = variant.weights, variant.activations
     operand = {
         "bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32,
@@ -87,120 +107,154 @@ def constants(variant: Variant) -> dict[str, object]:
         "W_GROUP": w.group, "W_ROWS": w.row_block,
         "A_CODES": a.codes, "A_SCALE": a.scale, "A_MODE": a.mode, "A_GROUP": a.group,
         "OPERAND": operand, "NATIVE": variant.native_fp8, "PRECISION": variant.precision,
-        "BLOCK_N": variant.block_n, "BLOCK_K": variant.block_k,
+        "BLOCK_N": variant.block_n, "BLOCK_K": variant.block_k, "TOKENS_LEFT": variant.tokens_left,
     }  # fmt: skip
 
 
+@triton.constexpr_function
+def _items(kind, columns, codes):
+    """How many items of a pointer's type hold a row of K codes."""
+    if kind == tl.int32:
+        return columns // 8
+    return columns // 2 if codes in ("int4", "e2m1") else columns
+
+
 @triton.jit
-def _operand(
-    codes_ptr, row, inside, scale_ptr, scale_row, zero, start,
-    K: tl.constexpr, CODES: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
-    OPERAND: tl.constexpr, NATIVE: tl.constexpr,
+def _scales(
+    pointer, row, inside, start,
+    K: tl.constexpr, KIND: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Values [ROWS, BLOCK_K] from column `start`, exact in OPERAND; outside the matrix, zeros.
-
-    row, scale_row: int64 [ROWS], each row's first code and scale; zero: [ROWS] or None.
-    """
-    PER_BYTE: tl.constexpr = 2 if CODES == "int4" or CODES == "e2m1" else 1
-    k = start // PER_BYTE + tl.arange(0, BLOCK_K // PER_BYTE)
-    mask = inside[:, None] & (k < K // PER_BYTE)[None, :]
-    codes = tl.load(codes_ptr + row[:, None] + k[None, :], mask=mask, other=0)
-    narrow: tl.constexpr = not INTERPRET and (OPERAND == tl.bfloat16 or OPERAND == tl.float16)
-    if PER_BYTE == 2 and not narrow:
-        # NOTE: measured on H200: bytes stream 1.5 times faster than 32-bit words of eight codes.
-        codes = tl.interleave(codes & 0xF, codes >> 4)
-    if CODES == "float" or (CODES == "int8" and OPERAND == tl.int8):
-        return codes
-    elif CODES == "int4" and narrow:
-        return _pair_of_int4(codes, zero, OPERAND)
-    elif CODES == "int4":
-        values = (codes.to(tl.int8) ^ 8) - 8
-        if zero is not None:
-            values = values - zero[:, None]
-        if OPERAND == tl.int8:
-            return values
-        else:
-            return round_to(values.to(tl.float32), OPERAND)
-    elif CODES == "e4m3" and OPERAND == tl.float8e4nv:
-        return codes.to(tl.float8e4nv, bitcast=True)
-    elif CODES == "int8":
-        return round_to(codes.to(tl.float32), OPERAND)
+    """Undecoded scales of the block at column `start`: [R, groups], or [R] for a single group."""
+    if MODE == "fold" and BLOCK_K > GROUP:
+        g = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
+        mask = inside[:, None] & (g < (K + GROUP - 1) // GROUP)[None, :]
+        return load_raw_scale(pointer + row[:, None] + g[None, :], mask, KIND)
     else:
-        # Products stay exact in 16 bits; the interpreter has no bf16 arithmetic.
-        TYPE: tl.constexpr = OPERAND if narrow else tl.float32
-        if CODES == "e4m3":
-            values = decode_e4m3(codes, NATIVE, TYPE)
-        elif narrow:
-            values = _pair_of_e2m1(codes, TYPE)
-        else:
-            values = decode_e2m1(codes)
+        return load_raw_scale(pointer + row + start // GROUP, inside & (start < K), KIND)
+
+
+@triton.jit
+def _row_units(pointer, row, inside, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """fp32 [R] twice: a power of two that brings each row's scales into fp16, and its inverse.
+
+    The largest comes to 2**11 .. 2**12, so that 8 times it fits. Products with int4 codes, of 11
+    bits, are exact down to 2**-26 of that; below, they are off by less than 2**-36 of it.
+    """
+    ROWS: tl.constexpr = row.shape[0]
+    top = tl.zeros((ROWS, STEP), tl.int32)
+    # Unrolled, so that all loads are under way at once.
+    for start in tl.static_range(0, COLUMNS, STEP):
+        g = start + tl.arange(0, STEP)
+        mask = inside[:, None] & (g < COLUMNS)[None, :]
+        scale = tl.load(pointer + row[:, None] + g[None, :], mask=mask, other=0.0)
+        top = tl.maximum(top, abs_bits(widen(scale)))
+    exponent = tl.minimum(tl.maximum(tl.max(top, axis=1) >> 23, 12), 254)
+    down = ((265 - exponent) << 23).to(tl.float32, bitcast=True)
+    return down, ((exponent - 11) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _weights(
+    pointer, row, inside, zero, scale, unit, start,
+    K: tl.constexpr, CODES: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
+    BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, NATIVE: tl.constexpr, FRAGMENT: tl.constexpr,
+):  # fmt: skip
+    """Values [R, BLOCK_K] from column `start`, exact in OPERAND; outside the matrix, zeros.
+
+    row: int64 [R], where each row's codes begin; zero: [R] or None; scale, unit: for mode "fold".
+    """
+    WORDS: tl.constexpr = pointer.dtype.element_ty == tl.int32
+    PER_BYTE: tl.constexpr = 2 if CODES == "int4" or CODES == "e2m1" else 1
+    PER_ITEM: tl.constexpr = 8 if WORDS else PER_BYTE
+    k = start // PER_ITEM + tl.arange(0, BLOCK_K // PER_ITEM)
+    mask = inside[:, None] & (k < K // PER_ITEM)[None, :]
+    if CODES == "float":
+        return tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0.0)
+    codes = tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0)
+    factor = None
+    if MODE == "fold":
+        factor = decode_scale(scale, SCALE, NATIVE)
+        if unit is not None:
+            factor = factor * (unit if len(factor.shape) == 1 else unit[:, None])
+    if WORDS:
+        return decode_words(codes, zero, factor, CODES, OPERAND, FRAGMENT)
+    else:
+        return decode_bytes(codes, zero, factor, CODES, OPERAND, NATIVE)
+
+
+@triton.jit
+def _activations(
+    pointer, row, inside, scale_ptr, scale_row, start,
+    K: tl.constexpr, CODES: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, NATIVE: tl.constexpr,
+    FRAGMENT: tl.constexpr,
+):  # fmt: skip
+    """Values [R, BLOCK_K] as `_weights` has them, in the same order of columns."""
+    if FRAGMENT and CODES == "float":
+        k = start + columns_of(tl.arange(0, BLOCK_K), BLOCK_K)
+        mask = inside[:, None] & (k < K)[None, :]
+        return tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0.0)
+    else:
+        scale = None
         if MODE == "fold":
-            g = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
-            known = inside[:, None] & (g < (K + GROUP - 1) // GROUP)[None, :]
-            scale = load_scale(scale_ptr + scale_row[:, None] + g[None, :], known, SCALE, NATIVE)
-            values = tl.reshape(values, (ROWS, BLOCK_K // GROUP, GROUP))
-            values = tl.reshape(values * scale.to(TYPE)[:, :, None], (ROWS, BLOCK_K))
-        return round_to(values, OPERAND)
-
-
-@triton.jit
-def _halves(words, TYPE: tl.constexpr):
-    """int32 [R, C] to its 16-bit halves as TYPE [R, 2C], low half first."""
-    low, high = (words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16)
-    return tl.interleave(low, high).to(TYPE, bitcast=True)
-
-
-@triton.jit
-def _pair_of_int4(codes, zero, TYPE: tl.constexpr):
-    """Bytes [R, C] of two's complement nibbles to TYPE [R, 2C], less their rows' zero points."""
-    # Both nibbles of a byte at once. In bf16 the low bits of 128 count units, in fp16 of 1024.
-    ONE: tl.constexpr = 0x43084308 if TYPE == tl.bfloat16 else 0x64086408
-    BASE: tl.constexpr = 136.0 if TYPE == tl.bfloat16 else 1032.0
-    spread = codes.to(tl.int32)
-    spread = spread | (spread << 12)
-    values = _halves((spread & 0x000F000F) ^ ONE, TYPE)
-    base = tl.full((1,), BASE, tl.float32)
-    if zero is not None:
-        base = base + zero.to(tl.float32)
-    return values - base.to(TYPE)[:, None]
-
-
-@triton.jit
-def _pair_of_e2m1(codes, TYPE: tl.constexpr):
-    """Bytes [R, C] of e2m1 nibbles to TYPE [R, 2C], both nibbles of a byte at once."""
-    # A nibble's low bits are a number's last exponent bits and first mantissa bit; the product
-    # mends the exponent, out of bf16's or fp16's subnormals.
-    SHIFT: tl.constexpr = 6 if TYPE == tl.bfloat16 else 9
-    FACTOR: tl.constexpr = 2.0**126 if TYPE == tl.bfloat16 else 16384.0
-    spread = codes.to(tl.int32)
-    spread = spread | (spread << 12)
-    words = ((spread & 0x00070007) << SHIFT) | ((spread & 0x00080008) << 12)
-    return _halves(words, TYPE) * tl.full((1, 1), FACTOR, TYPE)
+            scale = _scales(scale_ptr, scale_row, inside, start, K, SCALE, MODE, GROUP, BLOCK_K)
+        return _weights(
+            pointer, row, inside, None, scale, None, start,
+            K, CODES, SCALE, MODE, BLOCK_K, OPERAND, NATIVE, FRAGMENT,
+        )  # fmt: skip
 
 
 @triton.jit
 def _accumulate(
     acc, w, a, w_scale, a_scale,
     W_MODE: tl.constexpr, A_MODE: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
 ):  # fmt: skip
-    """acc + w @ a, the product alone scaled where scales belong to groups of K."""
+    """acc + the product, which alone is scaled where scales belong to groups of K."""
     if W_MODE == "group" or A_MODE == "group":
         kind: tl.constexpr = tl.int32 if w.dtype == tl.int8 else tl.float32
-        part = dot(w, a, tl.zeros(acc.shape, kind), PRECISION).to(tl.float32)
-        if W_MODE == "group":
-            part = part * w_scale[:, None]
-        if A_MODE == "group":
-            part = part * a_scale[None, :]
-        return acc + part
+        part = tl.zeros(acc.shape, kind)
     else:
-        return dot(w, a, acc, PRECISION)
+        part = acc
+    if TOKENS_LEFT:
+        part = dot(a, tl.trans(w), part, PRECISION)
+    else:
+        part = dot(w, tl.trans(a), part, PRECISION)
+    if W_MODE == "group" and A_MODE == "group":
+        if TOKENS_LEFT:
+            return acc + part.to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
+        else:
+            return acc + part.to(tl.float32) * (w_scale[:, None] * a_scale[None, :])
+    elif W_MODE == "group":
+        return acc + part.to(tl.float32) * (w_scale[None, :] if TOKENS_LEFT else w_scale[:, None])
+    elif A_MODE == "group":
+        return acc + part.to(tl.float32) * (a_scale[:, None] if TOKENS_LEFT else a_scale[None, :])
+    else:
+        return part
 
 
-@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit"])
-def gemm_kernel(
+@triton.jit
+def _part_halves(acc, HALVES: tl.constexpr, TOKENS_LEFT: tl.constexpr):
+    """Both halves [BLOCK_N, BLOCK_M] of the accumulator; one half twice."""
+    if TOKENS_LEFT:
+        acc = tl.trans(acc)
+    if HALVES == 1:
+        return acc, acc
+    else:
+        ROWS: tl.constexpr = acc.shape[0]
+        COLUMNS: tl.constexpr = acc.shape[1]
+        RUN: tl.constexpr = 1 if TOKENS_LEFT else 8
+        acc = tl.reshape(acc, (ROWS // (2 * RUN), 2, RUN, COLUMNS))
+        h0, h1 = tl.split(tl.permute(acc, (0, 2, 3, 1)))
+        shape: tl.constexpr = (ROWS // 2, COLUMNS)
+        return tl.reshape(h0, shape), tl.reshape(h1, shape)
+
+
+@triton.jit
+def _gemm_tile(
     w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
-    pairs_ptr, tiles_ptr, count_ptr, max_tiles,
+    pairs_ptr, begin, end, expert, first,
     bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
     alpha, beta, limit, rows_per_source,
     K: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr,
@@ -210,67 +264,118 @@ def gemm_kernel(
     A_CODES: tl.constexpr, A_SCALE: tl.constexpr, A_MODE: tl.constexpr, A_GROUP: tl.constexpr,
     OPERAND: tl.constexpr, NATIVE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M pairs of one expert by BLOCK_N rows of its matrix (of both halves)."""
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    tile = program // TILES_N
-    if tile >= tl.load(count_ptr):
-        return
-    expert = tl.load(tiles_ptr + tile).to(tl.int64)
-    position = tl.load(tiles_ptr + max_tiles + tile) + tl.arange(0, BLOCK_M)
-    inside_m = position < tl.load(tiles_ptr + 2 * max_tiles + tile)
+    """Pairs begin .. end - 1 of one expert by BLOCK_N rows of its matrix (of both halves)."""
+    ROWS: tl.constexpr = BLOCK_N * HALVES
+    position = begin + tl.arange(0, BLOCK_M)
+    inside_m = position < end
     pair = tl.load(pairs_ptr + position, mask=inside_m, other=0).to(tl.int64)
-    n = (program % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_n = n < N
+    # Rows of the halves take turns so that one thread's accumulators hold both of an output:
+    # one by one along a fragment's columns, by eights along its rows.
+    RUN: tl.constexpr = 1 if TOKENS_LEFT else 8
+    r = tl.arange(0, ROWS)
+    half = r // RUN % HALVES
+    n = first + (r // RUN // HALVES * RUN + r % RUN)
+    inside_r = n < N
 
-    ITEMS_W: tl.constexpr = K // 2 if W_CODES == "int4" or W_CODES == "e2m1" else K
-    ITEMS_A: tl.constexpr = K // 2 if A_CODES == "e2m1" else K
+    W_ITEMS: tl.constexpr = _items(w_ptr.dtype.element_ty, K, W_CODES)
+    A_ITEMS: tl.constexpr = _items(a_ptr.dtype.element_ty, K, A_CODES)
+    WORDS: tl.constexpr = w_ptr.dtype.element_ty == tl.int32
+    FRAGMENT: tl.constexpr = (
+        WORDS and not TOKENS_LEFT and BLOCK_K >= 32
+        and (A_CODES == "float" or a_ptr.dtype.element_ty == tl.int32)
+    )  # fmt: skip
     matrix = expert * HALVES
-    w_row = (matrix * N + n) * ITEMS_W
+    w_row = ((matrix + half) * N + n) * W_ITEMS
     # Scale rows: one per row, per block of rows, or (0) one for the whole matrix.
     SCALE_ROWS: tl.constexpr = 1 if W_ROWS == 0 else (N + W_ROWS - 1) // W_ROWS
     SCALE_COLUMNS: tl.constexpr = (K + W_GROUP - 1) // W_GROUP
-    scale_at = n * 0 if W_ROWS == 0 else n // W_ROWS
-    w_scale_row = (matrix * SCALE_ROWS + scale_at) * SCALE_COLUMNS
-    HALF: tl.constexpr = N * ITEMS_W
     SCALE_HALF: tl.constexpr = SCALE_ROWS * SCALE_COLUMNS
+    scale_at = n * 0 if W_ROWS == 0 else n // W_ROWS
+    w_scale_row = ((matrix + half) * SCALE_ROWS + scale_at) * SCALE_COLUMNS
+    # Whether one scale serves the whole tile, of each half.
+    BLOCKED: tl.constexpr = W_MODE == "group" and W_ROWS > 1 and W_ROWS % BLOCK_N == 0
+    block_ptr = w_scale_ptr
+    if BLOCKED:
+        block_ptr += (matrix * SCALE_ROWS + first // W_ROWS) * SCALE_COLUMNS
     source = pair // rows_per_source
-    a_row = source * ITEMS_A
+    a_row = source * A_ITEMS
     a_scale_row = source * ((K + A_GROUP - 1) // A_GROUP)
 
     INTEGER: tl.constexpr = OPERAND == tl.int8 and W_MODE != "group" and A_MODE != "group"
     kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    acc0 = tl.zeros((BLOCK_N, BLOCK_M), kind)
-    acc1 = acc0
+    acc = tl.zeros((BLOCK_M, ROWS) if TOKENS_LEFT else (ROWS, BLOCK_M), kind)
+    UNITS: tl.constexpr = W_MODE == "fold" and W_CODES == "int4"
+    unit = None
+    back = None
+    if UNITS:
+        # NOTE: Triton 3.6 lays out what follows after this load. With 2048 columns of scales at
+        # once the weights come as their fragment; with 512 no register spills on the right.
+        PADDED: tl.constexpr = triton.next_power_of_2(SCALE_COLUMNS)
+        COLUMNS: tl.constexpr = 512 if TOKENS_LEFT else 2048
+        STEP: tl.constexpr = min(PADDED, max(COLUMNS // W_GROUP, 16, PADDED // 16))
+        unit, back = _row_units(w_scale_ptr, w_scale_row, inside_r, SCALE_COLUMNS, STEP)
+    # Scales and zero points are loaded one step ahead: too small for copies in the background.
+    raw = None
+    raw1 = None
+    zero = None
+    a_raw = None
+    if BLOCKED:
+        raw = tl.load(block_ptr)
+        if HALVES == 2:
+            raw1 = tl.load(block_ptr + SCALE_HALF)
+    elif W_MODE == "fold" or W_MODE == "group":
+        raw = _scales(w_scale_ptr, w_scale_row, inside_r, 0, K, W_SCALE, W_MODE, W_GROUP, BLOCK_K)
+    if w_zero_ptr is not None:
+        zero = tl.load(w_zero_ptr + w_scale_row, mask=inside_r, other=0)
+    if A_MODE == "group":
+        a_raw = load_raw_scale(a_scale_ptr + a_scale_row, inside_m, A_SCALE)
     for start in range(0, K, BLOCK_K):
-        a = _operand(
-            a_ptr, a_row, inside_m, a_scale_ptr, a_scale_row, None, start,
-            K, A_CODES, A_SCALE, A_MODE, A_GROUP, BLOCK_M, BLOCK_K, OPERAND, NATIVE,
+        a = _activations(
+            a_ptr, a_row, inside_m, a_scale_ptr, a_scale_row, start,
+            K, A_CODES, A_SCALE, A_MODE, A_GROUP, BLOCK_K, OPERAND, NATIVE, FRAGMENT,
         )  # fmt: skip
-        a = tl.trans(a)
+        w = _weights(
+            w_ptr, w_row, inside_r, zero, raw, unit, start,
+            K, W_CODES, W_SCALE, W_MODE, BLOCK_K, OPERAND, NATIVE, FRAGMENT,
+        )  # fmt: skip
+        w_scale = None
         a_scale = None
+        if BLOCKED:
+            both = raw + tl.zeros((ROWS,), w_scale_ptr.dtype.element_ty)
+            if HALVES == 2:
+                both = tl.where(half == 0, raw, raw1)
+            w_scale = decode_scale(both, W_SCALE, NATIVE)
+        elif W_MODE == "group":
+            w_scale = decode_scale(raw, W_SCALE, NATIVE)
         if A_MODE == "group":
-            at = a_scale_ptr + a_scale_row + start // A_GROUP
-            a_scale = load_scale(at, inside_m, A_SCALE, NATIVE)
-        for half in tl.static_range(HALVES):
-            zero = None
-            at = w_scale_row + half * SCALE_HALF + start // W_GROUP
-            if w_zero_ptr is not None:
-                zero = tl.load(w_zero_ptr + at, mask=inside_n, other=0)
-            w_scale = None
-            if W_MODE == "group":
-                w_scale = load_scale(w_scale_ptr + at, inside_n, W_SCALE, NATIVE)
-            w = _operand(
-                w_ptr, w_row + half * HALF, inside_n,
-                w_scale_ptr, w_scale_row + half * SCALE_HALF, zero, start,
-                K, W_CODES, W_SCALE, W_MODE, W_GROUP, BLOCK_N, BLOCK_K, OPERAND, NATIVE,
-            )  # fmt: skip
-            if half == 0:
-                acc0 = _accumulate(acc0, w, a, w_scale, a_scale, W_MODE, A_MODE, PRECISION)
-            else:
-                acc1 = _accumulate(acc1, w, a, w_scale, a_scale, W_MODE, A_MODE, PRECISION)
+            a_scale = decode_scale(a_raw, A_SCALE, NATIVE)
+        acc = _accumulate(acc, w, a, w_scale, a_scale, W_MODE, A_MODE, PRECISION, TOKENS_LEFT)
+        later = start + BLOCK_K
+        if BLOCKED:
+            raw = load_raw_scale(block_ptr + later // W_GROUP, later < K, W_SCALE)
+            if HALVES == 2:
+                at = block_ptr + SCALE_HALF + later // W_GROUP
+                raw1 = load_raw_scale(at, later < K, W_SCALE)
+        elif W_MODE == "fold" or W_MODE == "group":
+            raw = _scales(
+                w_scale_ptr, w_scale_row, inside_r, later, K, W_SCALE, W_MODE, W_GROUP, BLOCK_K
+            )
+        if w_zero_ptr is not None:
+            at = w_zero_ptr + w_scale_row + later // W_GROUP
+            zero = tl.load(at, mask=inside_r & (later < K), other=0)
+        if A_MODE == "group":
+            at = a_scale_ptr + a_scale_row + later // A_GROUP
+            a_raw = load_raw_scale(at, inside_m & (later < K), A_SCALE)
 
+    if back is not None:
+        acc = acc * (back[None, :] if TOKENS_LEFT else back[:, None])
+    acc0, acc1 = _part_halves(acc, HALVES, TOKENS_LEFT)
+    n = first + tl.arange(0, BLOCK_N)
+    inside_n = n < N
+    scale_at = n * 0 if W_ROWS == 0 else n // W_ROWS
+    w_scale_row = (matrix * SCALE_ROWS + scale_at) * SCALE_COLUMNS
     a_scale = None
     if A_MODE == "row":
         a_scale = tl.load(a_scale_ptr + a_scale_row, mask=inside_m, other=0.0)
@@ -287,15 +392,56 @@ def gemm_kernel(
             acc1, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix + 1, n, inside_n,
             w_scale_row + SCALE_HALF, N, W_SCALE, W_MODE, A_MODE, NATIVE,
         )  # fmt: skip
-    if table_ptr is not None:
-        alpha = tl.load(table_ptr + expert * 3)
-        beta = tl.load(table_ptr + expert * 3 + 1)
-        limit = tl.load(table_ptr + expert * 3 + 2)
-    y = activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
-    if post_ptr is not None:
-        y = y * tl.load(post_ptr + expert * N + n, mask=inside_n, other=0.0)[:, None]
-    if router_ptr is not None:
-        y = y * widen(tl.load(router_ptr + pair, mask=inside_m, other=0.0))[None, :]
-    y = round_to(y, out_ptr.dtype.element_ty)
-    at = pair[None, :] * N + n[:, None]
-    tl.store(out_ptr + at, y, mask=inside_n[:, None] & inside_m[None, :])
+    store_pairs(
+        h0, h1, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit,
+        expert, pair, inside_m, n, inside_n, N, ACTIVATION, LIMITED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit"])
+def gemm_kernel(
+    w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
+    pairs_ptr, tiles_ptr, count_ptr, max_tiles,
+    bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
+    alpha, beta, limit, rows_per_source,
+    K: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr,
+    ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
+    W_CODES: tl.constexpr, W_SCALE: tl.constexpr, W_MODE: tl.constexpr,
+    W_GROUP: tl.constexpr, W_ROWS: tl.constexpr,
+    A_CODES: tl.constexpr, A_SCALE: tl.constexpr, A_MODE: tl.constexpr, A_GROUP: tl.constexpr,
+    OPERAND: tl.constexpr, NATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
+):  # fmt: skip
+    """One tile of up to BLOCK_M pairs of one expert by BLOCK_N rows of its matrix."""
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    tile = program // TILES_N
+    if tile >= tl.load(count_ptr):
+        return
+    expert = tl.load(tiles_ptr + tile).to(tl.int64)
+    begin = tl.load(tiles_ptr + max_tiles + tile)
+    end = tl.load(tiles_ptr + 2 * max_tiles + tile)
+    first = (program % TILES_N) * BLOCK_N
+    # What is left of an expert's pairs costs half where half a tile holds it.
+    HALF: tl.constexpr = BLOCK_M // 2 if TOKENS_LEFT and BLOCK_M == 128 else BLOCK_M
+    if HALF < BLOCK_M and end - begin <= HALF:
+        _gemm_tile(
+            w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
+            pairs_ptr, begin, end, expert, first,
+            bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
+            alpha, beta, limit, rows_per_source,
+            K, N, HALVES, ACTIVATION, LIMITED, W_CODES, W_SCALE, W_MODE, W_GROUP, W_ROWS,
+            A_CODES, A_SCALE, A_MODE, A_GROUP, OPERAND, NATIVE, PRECISION,
+            HALF, BLOCK_N, BLOCK_K, TOKENS_LEFT,
+        )  # fmt: skip
+    else:
+        _gemm_tile(
+            w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
+            pairs_ptr, begin, end, expert, first,
+            bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
+            alpha, beta, limit, rows_per_source,
+            K, N, HALVES, ACTIVATION, LIMITED, W_CODES, W_SCALE, W_MODE, W_GROUP, W_ROWS,
+            A_CODES, A_SCALE, A_MODE, A_GROUP, OPERAND, NATIVE, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, TOKENS_LEFT,
+        )  # fmt: skip

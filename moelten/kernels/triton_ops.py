@@ -31,7 +31,7 @@ from moelten.kernels.triton_casts import (
 from moelten.layouts import ROW_TILES, swizzled_size
 
 _SMALL_PLAN = 128
-_SCAN = 2048
+_SCAN = 8192
 # Room for tiles is reckoned with this, so that it never shrinks when tokens are added.
 _SMALLEST_BLOCK = 16
 
@@ -83,10 +83,11 @@ def make_tile_plan(
         pad = max(triton.next_power_of_2(size), 16)
         small_plan_kernel[(1,)](ids, pairs, tiles, count, *sizes, BLOCK=block, SIZE=pad)
         return plan
-    count_kernel[(num_experts,)](ids, counts, size, first_expert, SCAN=_SCAN)
+    scan = min(triton.next_power_of_2(size), _SCAN)
+    count_kernel[(num_experts,)](ids, counts, size, first_expert, SCAN=scan)
     experts = triton.next_power_of_2(num_experts)
     place_kernel[(num_experts,)](
-        ids, counts, pairs, tiles, count, *sizes, BLOCK=block, EXPERTS=experts, SCAN=_SCAN
+        ids, counts, pairs, tiles, count, *sizes, BLOCK=block, EXPERTS=experts, SCAN=scan
     )
     return plan
 
@@ -192,9 +193,16 @@ class Pairs:
 
 
 def empty_rows(
-    take: Take, count: int, columns: int, fmt: Format, scale_layout: str = "linear"
+    take: Take,
+    count: int,
+    columns: int,
+    fmt: Format,
+    scale_layout: str = "linear",
+    dtype: torch.dtype | None = None,
 ) -> Rows:
-    """Room for `count` rows in an activation format."""
+    """Room for `count` rows in an activation format; dtype: see `triton_variants.row_dtype`."""
+    if isinstance(fmt, Float) and dtype is not None:
+        return Rows(take(dtype, count, columns), take(torch.float32, count, 1))
     if isinstance(fmt, Float):
         return Rows(take(fmt.data_dtype, count, columns))
     assert isinstance(fmt, FP8 | MXFP8 | NVFP4 | Int8)
@@ -205,7 +213,7 @@ def empty_rows(
     if isinstance(fmt, NVFP4):
         data = take(torch.uint8, count, columns // 2)
         return Rows(data, take(torch.uint8, *scales), take(torch.float32, count))
-    code = torch.int8 if isinstance(fmt, Int8) else torch.uint8
+    code = dtype or (torch.int8 if isinstance(fmt, Int8) else torch.uint8)
     scale_dtype = torch.uint8 if isinstance(fmt, MXFP8) else torch.float32
     return Rows(take(code, count, columns), take(scale_dtype, *scales))
 
@@ -218,6 +226,7 @@ def quantize_rows(
     by_token: bool = False,
     static_scale: Tensor | None = None,
     scale_layout: str = "linear",
+    dtype: torch.dtype | None = None,
     rows: Rows | None = None,
 ) -> Rows:
     """Quantize x [R, K] to an activation format; with `by_token`, row r of T*k reads x[r // k].
@@ -225,6 +234,7 @@ def quantize_rows(
         row = x * router * pre_scale[expert], in fp32;  codes, scales = quantize(row, fmt)
 
     static_scale: fp32, one decode scale for all rows (`pairs` has its own, by expert)
+    dtype:        what codes are stored as, see `triton_variants.row_dtype`
     rows:         where to write, from `empty_rows` for the same sizes; new ones by default
 
     Rows of pairs whose id is out of range are left unwritten. Padding of swizzled scales is zero.
@@ -232,11 +242,13 @@ def quantize_rows(
     count = pairs.ids.numel() if pairs is not None else x.shape[0]
     columns = x.shape[1]
     if rows is None:
-        rows = empty_rows(heap(x.device), count, columns, fmt, scale_layout)
+        rows = empty_rows(heap(x.device), count, columns, fmt, scale_layout, dtype)
     group = fmt.block[1] or triton.next_power_of_2(columns)
     groups = triton.next_power_of_2(-(-columns // group))
     tile = ROW_TILES[scale_layout]
-    kind = "float" if isinstance(fmt, Float) else type(fmt).__name__.lower()
+    kind = type(fmt).__name__.lower()
+    if isinstance(fmt, Float) and rows.scale is not None:
+        kind = "normalized"
     extra = pairs or Pairs(x, 1, 0, static_scale=static_scale)
     quantize_kernel[(-(-count // tile) * tile,)](
         x, rows.data, rows.scale, rows.global_scale,
@@ -302,6 +314,14 @@ def quantize_kernel(
         tl.store(
             codes_ptr + row * columns + k, round_to(x, codes_ptr.dtype.element_ty), mask=inside
         )
+    elif KIND == "normalized":
+        # bf16, times the power of two that brings the row's largest to 2**14 .. 2**15 in fp16.
+        x = widen(round_to(x, tl.bfloat16))
+        exponent = tl.minimum(tl.maximum(tl.max(abs_bits(x), axis=1) >> 23, 15), 254)
+        up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(codes_ptr + row * columns + k, round_to(x * up[:, None], tl.float16), mask=inside)
+        scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+        tl.store(scale_ptr + row + g, scale, mask=g < 1)
     else:
         amax = tl.max(abs_bits(x), axis=1).to(tl.float32, bitcast=True)
         scale_at = scale_ptr + _scale_offset(row, g, group_count, ROW_TILE)
@@ -325,6 +345,8 @@ def quantize_kernel(
                 tl.store(scale_at, scale, mask=g < group_count)
             scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], (GROUPS, GROUP)))
             codes = encode_int8(scaled) if KIND == "int8" else encode_e4m3(scaled)
+            if codes_ptr.dtype.element_ty.is_floating():
+                codes = round_to(decode_e4m3(codes, False), codes_ptr.dtype.element_ty)
             tl.store(codes_ptr + row * columns + k, codes, mask=inside)
 
 

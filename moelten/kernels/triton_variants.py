@@ -7,12 +7,14 @@ exactly; a scale is folded into the operand only where the product stays exact.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
+from moelten.formats import BF16, FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
 
 _MAX_BLOCK_K = 128
 _MIN_8BIT_BLOCK_K = 32
@@ -43,6 +45,19 @@ class Target:
             return int(self.arch) >= 100
         return self.native_fp8
 
+    def multiplies_blocks(self, weights: Format, activations: Format) -> bool:
+        """Whether a matrix instruction takes both codes and their blocks' scales."""
+        blackwell = self.backend == "cuda" and int(self.arch) // 10 == 10
+        if isinstance(weights, NVFP4):
+            # NOTE: Blackwell's e4m3 scales have no sign; no quantizer makes negative ones.
+            # AMD's has e8m0 scales for 32 columns only.
+            return blackwell and isinstance(activations, NVFP4)
+        if not (blackwell or (self.backend == "hip" and str(self.arch).startswith("gfx950"))):
+            return False
+        # A scale per token is constant along K: those activations enter the product unscaled.
+        by_token = isinstance(activations, FP8) and activations.block[1] is None
+        return isinstance(weights, MXFP4 | MXFP8) and (isinstance(activations, MXFP8) or by_token)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -51,7 +66,7 @@ class Side:
     codes:     "float", "int4", "e2m1", "int8" or "e4m3"
     scale:     "float", "e8m0" or "e4m3"
     mode:      "none"; "row": constant along K; "group": scales each group's product; "fold":
-               multiplies the codes
+               multiplies the codes; "dot": the matrix instruction multiplies by it
     group:     columns per scale (all of them in mode "row")
     row_block: rows per scale, 0 for all
     """
@@ -65,7 +80,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Variant:
-    """Everything about a GEMM that is fixed when it is compiled, but for its shape."""
+    """Everything about a GEMM that is fixed when it is compiled, but for its shape.
+
+    operand:       type of what matrix instructions take, "blocks" for codes with blocks' scales
+    block_n:       rows of the matrix in a tile, of each half
+    tokens_left:   whether tokens are the matrix instruction's left operand, else weights
+    """
 
     weights: Side
     activations: Side
@@ -76,6 +96,17 @@ class Variant:
     block_k: int
     num_warps: int
     num_stages: int
+    tokens_left: bool = False
+
+    @property
+    def decodes_words(self) -> bool:
+        """Whether 4-bit codes are decoded eight at a time, which gives 16-bit values."""
+        return self.operand in ("bf16", "fp16")
+
+    @property
+    def block_scaled(self) -> bool:
+        """Whether `triton_scaled` runs it; `triton_gemm` runs all others."""
+        return self.operand == "blocks"
 
 
 @lru_cache(maxsize=1)
@@ -90,45 +121,126 @@ def current_target() -> Target:
 
 
 def block_m(pairs: int, num_experts: int) -> int:
-    """Pairs per tile: a power of two near the mean of an expert, 16..128."""
-    mean = -(-pairs // num_experts)
-    return min(max(1 << (mean - 1).bit_length(), 16), 128)
+    """Pairs per tile: a power of two, 16..128, that the pairs of most experts fit."""
+    mean = pairs / num_experts
+    most = math.ceil(mean + 1.5 * math.sqrt(mean))
+    return min(max(1 << (most - 1).bit_length(), 16), 128)
+
+
+def row_dtype(weights: Format, activations: Format, target: Target) -> torch.dtype | None:
+    """What activations are stored as for the GEMM, None for codes as the format has them.
+
+    e4m3 codes are widened once, not in every tile. bf16 rows that meet int4 codes times bf16
+    scales, which are exact in fp16 alone, become fp16 times a power of two: exact but for elements
+    below 2**-31 of their row's largest.
+    """
+    if target.multiplies_blocks(weights, activations):
+        return None
+    if activations == BF16 and _folds_in_fp16(weights):
+        return torch.float16
+    if isinstance(activations, FP8):
+        operand = _operand(weights, activations, target, None)
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(operand)
+    return None
 
 
 @lru_cache(maxsize=1024)
 def make_variant(
-    weights: Format, activations: Format, target: Target, tokens: int, halves: int
+    weights: Format,
+    activations: Format,
+    target: Target,
+    tokens: int,
+    halves: int,
+    rows: torch.dtype | None = None,
+    few: bool = False,
 ) -> Variant:
-    """The variant for a scheme, for tiles of `tokens` pairs and a matrix of `halves`."""
-    operand = _operand(weights, activations, target)
+    """The variant for a scheme, for tiles of `tokens` pairs and a matrix of `halves`.
+
+    rows: dtype of the activations' storage, by default that of `row_dtype`
+    few:  whether there are so few tiles that smaller ones would occupy the GPU better
+    """
+    rows = row_dtype(weights, activations, target) if rows is None else rows
+    operand = _operand(weights, activations, target, rows)
     sides = _side(weights, operand), _side(activations, operand)
+    if operand == "blocks":
+        return _block_scaled(sides, target, tokens, halves)
+    if isinstance(activations, Float) and operand != activations.name:
+        sides = sides[0], Side("float", mode="row")
+    elif rows in (torch.float16, torch.bfloat16):
+        sides = sides[0], replace(sides[1], codes="float")
+    if tokens < 64 and sides[0].codes == "int4" and sides[0].mode == "fold":
+        # A few accumulators are cheaper to scale than long groups of weights.
+        if sides[0].group >= _MAX_BLOCK_K:
+            sides = replace(sides[0], mode="group"), sides[1]
     block_k = _block_k(sides, operand)
     if operand in ("e4m3", "int8") and block_k < _MIN_8BIT_BLOCK_K:
         # 8-bit matrix instructions take 32 columns; bf16 holds the same codes and takes 16.
         operand = "bf16"
+    tile = _tile(sides, operand, target, tokens, halves, few)
     precision = "tf32x3" if target.backend == "cuda" else "ieee"
-    # Measured on H200: 64 rows and 4 warps beat 128 rows and 8 warps, at 16 and at 128 tokens.
-    block_n, num_warps, num_stages = 64, 4, 4
-    if tokens >= 64:
-        block_k, num_stages = min(block_k, 64), 3
-    if target.backend == "hip":
-        num_stages = 2
-    if target.exact_fp8_dot and target.backend == "cuda" and halves > 1:
-        decoded = sides[1].codes != "float" and "group" not in (sides[0].mode, sides[1].mode)
-        if decoded:
-            # NOTE: Triton 3.6 fails to pipeline two tcgen05 dots that share a decoded operand.
-            num_stages = 1
-    if target.backend == "interpreter":
-        # Its cost is the number of operations, whatever their size.
-        block_n = 128
     return Variant(
-        *sides, operand, target.native_fp8, precision, block_n, block_k, num_warps, num_stages
+        *sides,
+        operand,
+        target.native_fp8,
+        precision,
+        **tile | {"block_k": min(block_k, tile["block_k"])},
     )
 
 
-def _operand(weights: Format, activations: Format, target: Target) -> str:
+def _tile(
+    sides: tuple[Side, Side], operand: str, target: Target, tokens: int, halves: int, few: bool
+) -> dict[str, Any]:
+    """Sizes of a tile and what runs it, as measured on H200."""
+    if target.backend == "interpreter":
+        # Its cost is the number of operations, whatever their size.
+        tile = {"block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 1}
+        return tile | {"tokens_left": tokens >= 64}
+    grouped = "group" in (sides[0].mode, sides[1].mode)
+    before_hopper = target.backend == "cuda" and int(target.arch) < 90
+    # Scales of rows are cheap beside the left operand, of which a thread has few rows; and where
+    # both operands' fragments are in registers, two accumulators leave room for few.
+    weights_left = grouped and (
+        before_hopper or (sides[0].mode, sides[0].row_block) == ("group", 1)
+    )
+    if tokens < 64 or weights_left:
+        # Short codes are decoded from registers: more rows share the tokens' tile.
+        many = sides[0].codes in ("int4", "e2m1") and tokens < 64 and not few
+        tile = {"block_n": (128 if many else 64) // halves, "num_warps": 4}
+        tile |= {"block_k": 128, "num_stages": 4}
+        if many and tokens > 16:
+            tile["num_warps"] = 8
+        if tokens >= 64:
+            tile |= {"block_k": 64, "num_stages": 3}
+    else:
+        # Two of these fit a multiprocessor: one multiplies while the other decodes.
+        tile = {"block_n": 128 // halves, "block_k": 64, "num_warps": 4, "num_stages": 3}
+        tile["tokens_left"] = True
+        hopper = target.backend == "cuda" and int(target.arch) == 90
+        if tokens == 128 and (grouped or operand == "fp32" or not hopper):
+            tile["num_warps"] = 8
+            if hopper and grouped and operand == "fp16":
+                tile["block_k"] = 128
+        if before_hopper:
+            tile["block_k"] = 32
+    if target.backend == "hip":
+        tile["num_stages"] = 2
+    return tile
+
+
+def _block_scaled(sides: tuple[Side, Side], target: Target, tokens: int, halves: int) -> Variant:
+    # Blackwell's instruction demands 128 rows: of both halves, where there are two.
+    block_n, num_stages = (128 // halves, 3) if target.backend == "cuda" else (64, 2)
+    num_warps = 8 if tokens >= 64 else 4
+    # 128 bytes of a row where both operands hold e2m1.
+    block_k = 256 if sides[0].codes == sides[1].codes == "e2m1" else 128
+    return Variant(*sides, "blocks", True, "ieee", block_n, block_k, num_warps, num_stages)
+
+
+def _operand(weights: Format, activations: Format, target: Target, rows: torch.dtype | None) -> str:
+    if target.multiplies_blocks(weights, activations):
+        return "blocks"
     if isinstance(activations, Float):
-        return activations.name
+        return "fp16" if rows == torch.float16 else activations.name
     # e2m1 times its block scale is exact in bf16, and so is every 8-bit code: one product for all.
     if isinstance(weights, MXFP4 | MXFP8 | NVFP4):
         return "bf16"
@@ -136,6 +248,14 @@ def _operand(weights: Format, activations: Format, target: Target) -> str:
         return "int8"
     # e4m3 and int4 codes are exact in fp16, which e4m3 converts to in one instruction.
     return "e4m3" if target.exact_fp8_dot else "fp16"
+
+
+def _folds_in_fp16(fmt: Format) -> bool:
+    """Whether code times scale takes 11 bits, which fp16 has and bf16 has not."""
+    if not isinstance(fmt, Int4) or fmt.zero_point or fmt.scale != "bfloat16":
+        return False
+    group = fmt.group_size
+    return group is not None and group & (group - 1) == 0
 
 
 def _side(fmt: Format, operand: str) -> Side:
@@ -147,11 +267,14 @@ def _side(fmt: Format, operand: str) -> Side:
         # NOTE: fp16 has not the exponents for e8m0 scales, but for e4m3 ones it has.
         fold = operand in ("bf16", "fp32") or (operand == "fp16" and isinstance(fmt, NVFP4))
         codes = "e4m3" if isinstance(fmt, MXFP8) else "e2m1"
-        return Side(codes, scale, "fold" if fold else "group", group or 0)
+        mode = "dot" if operand == "blocks" else "fold" if fold else "group"
+        return Side(codes, scale, mode, group or 0)
     assert isinstance(fmt, Int4 | Int8 | FP8)
     codes = {Int4: "int4", Int8: "int8", FP8: "e4m3"}[type(fmt)]
     if group is None:
         return Side(codes, scale, "row", row_block=rows or 0)
+    if operand == "fp16" and _folds_in_fp16(fmt):
+        return Side(codes, scale, "fold", group)
     return Side(codes, scale, "group", group, rows or 0)
 
 
