@@ -6,6 +6,7 @@ operands and results in their own type, one rounding to nearest even, subnormals
 
 from __future__ import annotations
 
+import operator
 import re
 
 import torch
@@ -14,6 +15,11 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 # (mantissa bits, exponent bias) of the types that arithmetic runs in.
 FLOATS = {"bf16": (7, 127), "f16": (10, 15)}
+ARITHMETIC = {
+    f"{name}.{kind}x2": (operation, kind)
+    for name, operation in (("mul", operator.mul), ("sub", operator.sub))
+    for kind in FLOATS
+}
 
 
 def run(text: str, inputs: dict[str, Tensor], outputs: int) -> list[Tensor]:
@@ -103,10 +109,9 @@ def _evaluate(op: str, a: list[Tensor]) -> Tensor:
     if op == "cvt.rn.f16x2.e4m3x2":
         halves = (encode_float(decode_e4m3(a[0] >> 8 * i & 0xFF), "f16") for i in (0, 1))
         return sum(half << 16 * i for i, half in enumerate(halves))
-    kind = op.split(".")[-1].removesuffix("x2")
-    operation = {"mul": _mul, "sub": _sub, "fma": _fma}.get(op.split(".")[0])
-    if operation is None or kind not in FLOATS or not op.endswith("x2"):
+    if op not in ARITHMETIC:
         raise NotImplementedError(op)
+    operation, kind = ARITHMETIC[op]
     word = torch.tensor(0)
     for shift in (0, 16):
         halves = [decode_float(x >> shift & 0xFFFF, kind) for x in a]
@@ -122,15 +127,3 @@ def _lop3(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:
             x, y, z = terms
             out = out | x & y & z
     return out & MASK
-
-
-def _mul(a: Tensor, b: Tensor) -> Tensor:
-    return a * b
-
-
-def _sub(a: Tensor, b: Tensor) -> Tensor:
-    return a - b
-
-
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return a * b + c
