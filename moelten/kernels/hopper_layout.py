@@ -77,7 +77,7 @@ CHUNK, BLOCK, SUPER_BLOCK = 64, 32, 256
 K_ORDER = {"c": 32, "t": 8, "s": 4, "j": 2, "h": 1}
 """Columns within a chunk that each index of a lane's registers steps over, outermost first."""
 
-_SLAB_BYTES = 16 << 20
+_SLAB_BYTES = 4 << 20  # of a matrix at a time: little enough for caches, and few launches
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def _map_bits(units: Tensor, placement: Bits, before: int = 0, after: int = 0) -
         return units.contiguous() ^ _signed(before ^ after, 32)
     out = torch.empty(units.shape, dtype=torch.int32, device=units.device)
     tables = _tables(placement).to(units.device)
-    step = max(_SLAB_BYTES // max(out[0].nbytes, 1), 1)
+    step = max(_SLAB_BYTES // out[0].nbytes, 1)
     for first in range(0, units.shape[0], step):
         slab = units[first : first + step]
         stored = (slab.contiguous() ^ _signed(before, 32)).view(torch.uint8).view(-1, 8)
@@ -325,6 +325,8 @@ def _shift_exponents(matrix: QTensor, stored: Storage) -> tuple[Tensor, Tensor]:
     """
     assert matrix.scale is not None
     e = matrix.scale.int()
+    if int(e.max()) <= 254 - stored.bias and int(e.min()) >= stored.least:
+        return (e + stored.bias).to(torch.uint8), torch.zeros_like(e[..., 0])
     live = _live_groups(matrix.data, e.shape[-1])
     least = torch.where(live, e, -1 << 9).amax(-1) + stored.bias - 254
     most = torch.where(live, e, 1 << 9).amin(-1) - stored.least
