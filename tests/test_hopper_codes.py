@@ -54,7 +54,13 @@ PAIRS = [
     (MXFP4(), "e4m3"),
 ]
 IDS = [f"{fmt.name}-{getattr(fmt, 'scale', '')}-{operand}" for fmt, operand in PAIRS]
-SHAPES = [(2, 40, 384), (1, 70, 128), (136, 640)]
+SHAPES = [(2, 40, 384), (1, 70, 128), (136, 640), (24, 96), (2, 8, 80)]
+CASES = [
+    pytest.param(fmt, operand, shape, id=f"{name}-{'x'.join(map(str, shape))}")
+    for (fmt, operand), name in zip(PAIRS, IDS, strict=True)
+    for shape in SHAPES
+    if not fmt.packed or shape[-1] % (fmt.block[1] or 1) == 0
+]
 CODES = {name: c for name, c in vars(hopper_codes).items() if isinstance(c, Code)}
 PAIR_CODES = {name: c for name, c in vars(hopper_codes).items() if isinstance(c, PairCode)}
 
@@ -63,8 +69,7 @@ def emulate(q: QTensor, operand: str) -> torch.Tensor:
     return hopper_lanes.weights(HopperLayout(operand).pack(q), q.format, operand, q.shape)
 
 
-@pytest.mark.parametrize("fmt, operand", PAIRS, ids=IDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt, operand, shape", CASES)
 def test_lanes_decode_what_dequantize_does(fmt, operand, shape):
     q = hopper_lanes.matrix(fmt, shape)
     assert torch.equal(emulate(q, operand), dequantize(q, torch.float64))
@@ -208,10 +213,12 @@ def test_every_e8m0_exponent_is_exact(fmt, operand):
 
 
 @pytest.mark.parametrize("fmt", [MXFP4(), MXFP8()], ids=lambda f: f.name)
-def test_exponents_of_zeros_bind_nothing_and_come_back(fmt):
-    q = hopper_lanes.matrix(fmt, (128, 64))
-    q.data.view(torch.uint8)[:, : q.data.shape[1] // 2] = 0
-    q.scale[:, 0], q.scale[:, 1] = torch.arange(128), 254
+@pytest.mark.parametrize("live", [3, 100, 254])
+def test_exponents_of_zeros_bind_nothing_and_come_back(fmt, live):
+    q = hopper_lanes.matrix(fmt, (256, 64))
+    minus_zero = 0x88 if fmt.packed else 0x80
+    q.data.view(torch.uint8)[:, : q.data.shape[1] // 2] = minus_zero
+    q.scale[:, 0], q.scale[:, 1] = torch.arange(256).clamp(max=254), live
     layout = HopperLayout()
     parts = layout.pack(q)
     assert torch.equal(layout.unpack(parts, fmt, q.shape).scale, q.scale)

@@ -145,7 +145,7 @@ def place(
 
 
 def unit_index(bits: int, elements: int = 2) -> Callable[[int, int], int]:
-    """Code number for registers counted b + 2 * (their columns): two rows of 32 bits each."""
+    """Code number in a unit for registers counted b + 2 * (j + 2 * s): `hopper_layout.K_ORDER`."""
     return lambda register, element: (
         32 // bits * (register & 1) + elements * (register >> 1) + element
     )

@@ -30,6 +30,8 @@ group of 32 is two whole matrix instructions (s), whatever their own order of co
         half of register h  0 1 0 1 0 1 0 1 0 1 ...
 
 For m16n8k16 (and wgmma with the left operand in registers) j = 1 is the fragment's "k + 8" half.
+With operands of 8 bits a register has four columns, and an instruction the whole block: the same
+runs, with k = 64 * chunk + 32 * c + 8 * t + 4 * j + i.
 
 Loads. 4-bit codes need 1 load per chunk (words: c, then A and B of `hopper_codes`), 8-bit codes 2
 (load: c; words: s, then A and B), 16-bit 4 (load: 2 c + s; words: j, then b: the fragment itself).
@@ -220,8 +222,8 @@ def _fold(words: Tensor, code: Code) -> Tensor:
 
 def _map_bits(units: Tensor, placement: Bits, before: int = 0, after: int = 0) -> Tensor:
     """Move bit i of every unit (int32 [tiles, ..., 2]) to bit placement[i], between two XORs."""
-    if placement == tuple(range(64)):
-        return units.contiguous() ^ _signed(before ^ after, 32)
+    if placement == tuple(range(64)) and before == after:
+        return units.clone(memory_format=torch.contiguous_format)
     out = torch.empty(units.shape, dtype=torch.int32, device=units.device)
     tables = _tables(placement).to(units.device)
     step = max(_SLAB_BYTES // out[0].nbytes, 1)
