@@ -83,7 +83,7 @@ class HopperBackend:
 def _run_chunk(
     x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor, operand: str
 ) -> None:
-    from moelten.kernels.hopper_decode import grouped_gemm
+    from moelten.kernels.hopper_gemm import grouped_gemm
     from moelten.kernels.hopper_plan import combine, plan_tiles
     from moelten.kernels.triton_epilogue import Epilogue
 

@@ -179,7 +179,7 @@ def _row_scale(x, acc):
 
 
 @gluon.jit
-def _floats(words, W: gl.constexpr, TYPE: gl.constexpr):
+def floats(words, W: gl.constexpr, TYPE: gl.constexpr):
     """Scales of a chunk, words [warps, g, n], to fp32 [warps, g, b, c]."""
     if W.pairs is not None:
         PTX: gl.constexpr = W.pairs.ptx
@@ -202,7 +202,7 @@ def _floats(words, W: gl.constexpr, TYPE: gl.constexpr):
 
 
 @gluon.jit
-def _columns_half(x):
+def halves(x):
     """[warps, 16, 64] or [warps, 64, tokens] cut into its two blocks of 32 columns."""
     if x.shape[1] == 16:
         return gl.split(x.reshape([x.shape[0], 16, 2, 32]).permute((0, 1, 3, 2)))
@@ -211,32 +211,38 @@ def _columns_half(x):
 
 
 @gluon.jit
-def multiply(
-    acc, words, scale, zero, b, W: gl.constexpr, SCALE: gl.constexpr, OPERAND: gl.constexpr
-):
-    """acc + (a row group's weights of a chunk) @ b.
+def operands(words, scale, zero, W: gl.constexpr, OPERAND: gl.constexpr):
+    """A row group's weights of a chunk per warp, [warps, 16, 64].
 
     words: [warps, loads, 128]
-    scale: words [warps, g, t] if scales join the operands, [warps, g, n] if they multiply sums
+    scale: words [warps, g, t], where scales join the operands
     zero:  words [warps, g, t], the chunk's zero points lowest
     """
     LOADS: gl.constexpr = words.shape[1]
     if W.scale == "fold":
         PAIRS: gl.constexpr = W.pairs
-        a = _decode(words, _beside(scale, PAIRS, LOADS, False), W, OPERAND)
+        return _decode(words, _beside(scale, PAIRS, LOADS, False), W, OPERAND)
     elif W.zeros is not None:
         ZEROS: gl.constexpr = W.zeros
-        a = _decode(words, _beside(zero, ZEROS, LOADS, W.group != 32), W, OPERAND)
+        return _decode(words, _beside(zero, ZEROS, LOADS, W.group != 32), W, OPERAND)
     else:
-        a = _decode(words, None, W, OPERAND)
+        return _decode(words, None, W, OPERAND)
+
+
+@gluon.jit
+def multiply(
+    acc, words, scale, zero, b, W: gl.constexpr, SCALE: gl.constexpr, OPERAND: gl.constexpr
+):
+    """acc + (a row group's weights of a chunk) @ b; scale: words [warps, g, n] if it acts here."""
+    a = operands(words, scale, zero, W, OPERAND)
     if W.scale == "group" or W.scale == "block":
-        s = _floats(scale, W, SCALE)
+        s = floats(scale, W, SCALE)
         if s.shape[3] == 1:
             part = _dot(a, b, gl.zeros_like(acc))
             return acc + part * _row_scale(s.reshape([s.shape[0], 8, 2]), acc)
         else:
-            a0, a1 = _columns_half(a)
-            b0, b1 = _columns_half(b)
+            a0, a1 = halves(a)
+            b0, b1 = halves(b)
             s0, s1 = gl.split(s)
             acc += _dot(a0, b0, gl.zeros_like(acc)) * _row_scale(s0, acc)
             return acc + _dot(a1, b1, gl.zeros_like(acc)) * _row_scale(s1, acc)
@@ -245,12 +251,16 @@ def multiply(
 
 
 @gluon.constexpr_function
-def _scale_words(storage, scale_type):
-    """Words of a chunk's scales of one lane, and of a group's."""
+def _words_per_group(storage, scale_type):
+    return 2 if storage.pairs is None and scale_type == "float32" else 1
+
+
+@gluon.constexpr_function
+def _words_per_chunk(storage, scale_type):
+    """Words of a chunk's scales that one lane needs."""
     if storage.pairs is not None:
-        return 1, 1
-    per_group = 2 if scale_type == "float32" else 1
-    return max(64 // storage.group, 1) * per_group, per_group
+        return 1
+    return max(64 // storage.group, 1) * _words_per_group(storage, scale_type)
 
 
 @gluon.constexpr_function
@@ -263,49 +273,59 @@ def parameter_strides(storage, scale_type, zeros):
     elif storage.pairs is not None:
         per_g = 8 if storage.group == 16 else 4
     else:
-        per_g = 256 // storage.group * _scale_words(storage, scale_type)[1]
+        per_g = 256 // storage.group * _words_per_group(storage, scale_type)
     return 32 * per_g, 8 * per_g, per_g
 
 
 @gluon.jit
-def scale_offsets(W: gl.constexpr, SCALE: gl.constexpr, WARPS: gl.constexpr):
-    """Where a lane's scales are in a super-block and row group, and its warp's super-block."""
+def scale_words(W: gl.constexpr, SCALE: gl.constexpr, WARPS: gl.constexpr):
+    """Each warp's index, and where a lane's scales of a chunk lie, [warps, g, t] or [warps, g, n].
+
+    Counted from the chunk's first in a row group; see `chunk_word`.
+    """
     STRIDES: gl.constexpr = parameter_strides(W, SCALE, False)
     if W.scale == "fold":
         FOLD: gl.constexpr = pair_layout(WARPS)
         warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, FOLD)))[:, None, None]
         g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, FOLD)))[None, :, None]
         t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FOLD)))[None, None, :]
-        at = g * STRIDES[2] + warp % 4 + t // 2 * (STRIDES[2] - 4)
+        at = g * STRIDES[2] + t // 2 * (STRIDES[2] - 4)
     else:
-        WORDS: gl.constexpr = _scale_words(W, SCALE)
-        SUM: gl.constexpr = scale_layout(WARPS, WORDS[0])
+        WORDS: gl.constexpr = _words_per_chunk(W, SCALE)
+        SUM: gl.constexpr = scale_layout(WARPS, WORDS)
         warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, SUM)))[:, None, None]
         g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, SUM)))[None, :, None]
-        n = gl.arange(0, WORDS[0], gl.SliceLayout(0, gl.SliceLayout(1, SUM)))[None, None, :]
-        if W.pairs is not None:
-            first = warp % 4
-        else:
-            first = warp % 4 * 64 // W.group * WORDS[1]
-        at = g * STRIDES[2] + first + n
-    return at, warp // 4
+        n = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, SUM)))[None, None, :]
+        at = g * STRIDES[2] + n
+    return warp, at
 
 
 @gluon.jit
-def zero_offsets(W: gl.constexpr, WARPS: gl.constexpr):
-    """Where a lane's zero points are in a super-block and row group, its warp's, and their bit."""
+def chunk_word(chunk, W: gl.constexpr, SCALE: gl.constexpr):
+    """First word of a chunk's scales within its super-block."""
+    if W.pairs is not None:
+        return chunk % 4
+    else:
+        return chunk % 4 * 64 // W.group * _words_per_group(W, SCALE)
+
+
+@gluon.jit
+def zero_words(W: gl.constexpr, WARPS: gl.constexpr):
+    """Each warp's index, and where a lane's zero points lie, [warps, g, t]; see `chunk_zero`."""
     STRIDES: gl.constexpr = parameter_strides(W, "", True)
     L: gl.constexpr = pair_layout(WARPS)
     warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
     g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
     t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+    return warp, g * STRIDES[2] + t * 0
+
+
+@gluon.jit
+def chunk_zero(chunk, W: gl.constexpr):
+    """Word and bit of a chunk's zero points within its super-block."""
     if W.group == 32:
-        word = warp % 4 // 2
-        bit = warp % 2 * 8
+        return chunk % 4 // 2, chunk % 2 * 8
     elif W.group == 0:
-        word = warp * 0
-        bit = warp * 0
+        return chunk * 0, chunk * 0
     else:
-        word = warp * 0
-        bit = warp % 4 * 64 // W.group * 4
-    return g * STRIDES[2] + word + t * 0, warp // 4, bit
+        return chunk * 0, chunk % 4 * 64 // W.group * 4

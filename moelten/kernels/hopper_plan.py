@@ -30,7 +30,7 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, block: int) -> 
     plan_kernel[(num_experts,)](
         ids.contiguous(), pairs, tiles, count, size, num_experts, first_expert, max_tiles,
         BLOCK=block, EXPERTS=triton.next_power_of_2(num_experts),
-        SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN),
+        SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN), launch_pdl=True,
     )  # fmt: skip
     return TilePlan(pairs, tiles.view(3, max_tiles), count, block)
 
@@ -42,6 +42,7 @@ def plan_kernel(
 ):  # fmt: skip
     """Count all experts' pairs, in every program; write the pairs and tiles of its own."""
     gdc_launch_dependents()
+    gdc_wait()
     expert = tl.program_id(0)
     e = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
@@ -92,6 +93,7 @@ def combine_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros((BLOCK,), tl.float32)
+    gdc_launch_dependents()
     gdc_wait()
     for slot in tl.static_range(TOP_K):
         row = token * TOP_K + slot
