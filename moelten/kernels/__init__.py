@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moelten.errors import UnsupportedError
 from moelten.kernels.cpu import CpuBackend
+from moelten.kernels.hopper import HopperBackend
 from moelten.kernels.triton import TritonBackend
 from moelten.kernels.x86 import X86Backend
 from moelten.packed import Layout, PackedExperts
@@ -88,7 +89,13 @@ class StagedBackend(Backend, Protocol):
         ...
 
 
-BACKENDS: tuple[Backend, ...] = (X86Backend(), CpuBackend(), TritonBackend())
+BACKENDS: tuple[Backend, ...] = (
+    X86Backend(),
+    CpuBackend(),
+    HopperBackend("bf16"),
+    HopperBackend("fp16"),
+    TritonBackend(),
+)
 
 
 @dataclass(frozen=True)

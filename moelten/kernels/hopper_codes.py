@@ -1,0 +1,435 @@
+"""Codes of the Hopper layout: where each bit of a code is stored, and the PTX that reads it.
+
+The unit of placement is what a lane holds of two rows (b = 0, 1: rows g and g + 8) and 32 bits of
+each row's run of contiguous columns (`hopper_layout` has the order): 64 bits in, in canonical order
+
+    bit 32 * b + i      i: the bit of the canonical little-endian word, codes in order of column
+
+and 64 bits out, in two words A and B. A 16-byte load is two units; the PTX of a code turns its four
+words into `registers` 32-bit registers of operands. With c = 32-column chunk, s = k16 step within
+it, j = register pair of the fragment (its "k + 8" half) and b = row half, register index is
+
+    4-bit codes     c + 2 * (b + 2 * j + 4 * s)     16 registers    (the load: 64 columns, 2 rows)
+    8-bit codes     s + 2 * (b + 2 * j)              8 registers    (32 columns)
+    16-bit          j + 2 * b                        4 registers    (16 columns: one step)
+
+so that with `pack=4` each tensor of 16-bit elements that the inline assembly returns has one (b, j,
+s) and, along the axis of the four words, [c or s or j, h]: h is the half of a register, the parity
+of the column. Halves of a "pair" are the two row halves b instead: multipliers and zero points.
+
+    e2m1, e4m3   the bits of a code, in the place of the number's own low exponent and high mantissa
+                 bits, are that number times a power of two, subnormals included; one multiplication
+                 undoes the power, and applies the scale where the product is exact ("fold")
+    int4, int8   the bits of q + 8 or q + 128 in the low mantissa of 128.0 (bf16) or 1024.0 (fp16)
+                 are that much plus q; one subtraction leaves q, or q - zero
+
+Every step is exact. What remains to be multiplied to the accumulator is `epilogue`, a power of two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moelten.errors import UnsupportedError
+from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
+from moelten.kernels.hopper_bits import (
+    Bits,
+    Code,
+    PairCode,
+    Piece,
+    Pieces,
+    body,
+    constants,
+    gather,
+    masked_or,
+    multiply,
+    place,
+    spread,
+    unit_index,
+)
+
+# e2m1 -------------------------------------------------------------------------------------------
+# As bf16: sign at bit 15, exponent at 8 and 7, mantissa at 6; that is the value * 2**-126. Eight
+# registers from two words in 16 integer instructions: three disjoint rotations of the mask in A,
+# three in B, and the twice four bits per half that remain make one more word, with two.
+_E2M1_BF16: Bits = (6, 7, 8, 15)
+_E2M1_SHARED = 0xC180C180
+_E2M1_BF16_PIECES: Pieces = tuple(
+    (Piece(word, move, by, _E2M1_BF16),)
+    for word, move, by in (
+        (0, "rot", 4),
+        (0, "shl", 6),
+        (0, "shl", 2),
+        (1, "rot", 2),
+        (1, "rot", 8),
+        (1, "shl", 4),
+        (2, "", 0),
+        (2, "rot", 6),
+    )
+)
+E2M1_BF16 = Code(
+    "e2m1",
+    "bf16",
+    4,
+    place(_E2M1_BF16_PIECES, _E2M1_BF16, unit_index(4), _E2M1_SHARED),
+    multiply(_E2M1_BF16_PIECES, "bf16", None, _E2M1_SHARED),
+    pair="scale",
+)
+
+# As fp16: exponent at 11 and 10, mantissa at 9; the value * 2**-14. No rotations of that mask are
+# disjoint, but three magnitudes shift into place, and the two last signs by themselves.
+_E2M1_FP16: Bits = (9, 10, 11, 15)
+_E2M1_FP16_PIECES: Pieces = tuple(
+    pieces
+    for word in (0, 1)
+    for pieces in (
+        (Piece(word, "", 0, _E2M1_FP16),),
+        (Piece(word, "shl", 3, _E2M1_FP16),),
+        (Piece(word, "shl", 6, (9, 10, 11)), Piece(word, "shl", 1, (15,))),
+        (Piece(word, "shl", 9, (9, 10, 11)), Piece(word, "shl", 2, (15,))),
+    )
+)
+_E2M1_FP16_PLACES = place(_E2M1_FP16_PIECES, _E2M1_FP16, unit_index(4))
+E2M1_FP16 = Code(
+    "e2m1", "fp16", 4, _E2M1_FP16_PLACES, multiply(_E2M1_FP16_PIECES, "fp16", 0x74007400)
+)
+# With e4m3 scales * 2**7 (an e4m3 * 2**14 would not fit in fp16).
+E2M1_FP16_SCALED = Code(
+    "e2m1",
+    "fp16",
+    4,
+    _E2M1_FP16_PLACES,
+    multiply(_E2M1_FP16_PIECES, "fp16", None),
+    pair="scale",
+    epilogue=128.0,
+)
+# With e4m3 scales * 2**119 for the 2**126 that e2m1 needs.
+E2M1_BF16_SCALED = Code(
+    "e2m1",
+    "bf16",
+    4,
+    E2M1_BF16.placement,
+    E2M1_BF16.ptx,
+    pair="scale",
+    epilogue=128.0,
+)
+
+# e4m3 -------------------------------------------------------------------------------------------
+# As bf16: sign at 15, exponent and mantissa at 10..4; the value * 2**-120. One code of a half in
+# place, the other in the bits between, which two moves bring there.
+_E4M3_BF16: Bits = (4, 5, 6, 7, 8, 9, 10, 15)
+_E4M3_BF16_PIECES: Pieces = tuple(
+    pieces
+    for word in (0, 1)
+    for pieces in (
+        (Piece(word, "", 0, _E4M3_BF16),),
+        (Piece(word, "rot", 4, (7, 8, 9, 10, 15)), Piece(word, "shl", 4, (4, 5, 6))),
+    )
+)
+_E4M3_BF16_PLACES = place(_E4M3_BF16_PIECES, _E4M3_BF16, unit_index(8))
+E4M3_BF16 = Code(
+    "e4m3", "bf16", 8, _E4M3_BF16_PLACES, multiply(_E4M3_BF16_PIECES, "bf16", 0x7B807B80)
+)
+E4M3_BF16_SCALED = Code(
+    "e4m3",
+    "bf16",
+    8,
+    _E4M3_BF16_PLACES,
+    multiply(_E4M3_BF16_PIECES, "bf16", None),
+    pair="scale",
+)
+
+
+def _e4m3_fp16() -> Code:
+    """Hopper converts two codes in one instruction; they lie in canonical order."""
+    lines = []
+    for step in (0, 1):
+        for b in (0, 1):
+            lines.append(f"mov.b32 {{h0, h1}}, ${8 + 2 * step + b};")
+            lines += [f"cvt.rn.f16x2.e4m3x2 ${step + 2 * (b + 2 * j)}, h{j};" for j in (0, 1)]
+    return Code("e4m3", "fp16", 8, tuple(range(64)), body(lines))
+
+
+E4M3_FP16 = _e4m3_fp16()
+
+
+# Integers ---------------------------------------------------------------------------------------
+
+
+def _int4(operand: str, zero: bool) -> Code:
+    """q + 8 in the low mantissa of 128 (bf16) or 1024 (fp16); nibble b + 2 * j of each half."""
+    kind, base = {"bf16": ("bf16x2", 0x43004300), "fp16": ("f16x2", 0x64006400)}[operand]
+    lines = [] if zero else constants(base | 0x00080008)
+    for block in (0, 1):
+        if zero:
+            lines += spread(f"${20 + 2 * block}")
+        for step in (0, 1):
+            for index in range(4):
+                word = f"${16 + 2 * block + step}"
+                if index:
+                    lines.append(f"shr.u32 t0, {word}, {4 * index};")
+                    word = "t0"
+                lines.append(masked_or("t2", word, 0x000F000F, base))
+                out = block + 2 * (index + 4 * step)
+                lines.append(f"sub.{kind} ${out}, t2, t{4 + (index & 1)};")
+    placement = tuple(
+        32 * s + 4 * (b + 2 * j) + 16 * h + bit
+        for b in (0, 1)
+        for s in (0, 1)
+        for j in (0, 1)
+        for h in (0, 1)
+        for bit in range(4)
+    )
+    pair = "zero" if zero else ""
+    return Code("int4", operand, 4, placement, body(lines), pair, flip=0x88888888)
+
+
+INT4_BF16, INT4_BF16_ZERO = _int4("bf16", False), _int4("bf16", True)
+INT4_FP16, INT4_FP16_ZERO = _int4("fp16", False), _int4("fp16", True)
+
+
+def _int8(operand: str) -> Code:
+    """Byte b of the halves of word j.
+
+    fp16: q + 128 below 1024. bf16 has 7 bits of mantissa: the low bits of q above 128, less 128 or,
+    if q is negative, 256; that differs in the lowest bit of the exponent, where the sign lies.
+    """
+    lines = constants(0x64806480)
+    for step in (0, 1):
+        for j in (0, 1):
+            for b in (0, 1):
+                word, out = f"${8 + 2 * step + j}", f"${step + 2 * (b + 2 * j)}"
+                if b:
+                    lines.append(f"shr.u32 t0, {word}, 8;")
+                    word = "t0"
+                if operand == "fp16":
+                    lines.append(masked_or("t2", word, 0x00FF00FF, 0x64006400))
+                    lines.append(f"sub.f16x2 {out}, t2, t4;")
+                else:
+                    lines.append(masked_or("t2", word, 0x007F007F, 0x43004300))
+                    lines.append(masked_or("t3", word, 0x00800080, 0x43004300))
+                    lines.append(f"sub.bf16x2 {out}, t2, t3;")
+    placement = tuple(
+        32 * j + 8 * b + 16 * h + bit
+        for b in (0, 1)
+        for j in (0, 1)
+        for h in (0, 1)
+        for bit in range(8)
+    )
+    flip = 0x80808080 if operand == "fp16" else 0
+    return Code("int8", operand, 8, placement, body(lines), flip=flip)
+
+
+INT8_BF16, INT8_FP16 = _int8("bf16"), _int8("fp16")
+
+
+# 16 bits ----------------------------------------------------------------------------------------
+
+
+def _identity(operand: str) -> Code:
+    lines = [f"mov.b32 ${j + 2 * b}, ${4 + 2 * j + b};" for j in (0, 1) for b in (0, 1)]
+    return Code(operand, operand, 16, tuple(range(64)), body(lines))
+
+
+BF16, FP16 = _identity("bf16"), _identity("fp16")
+
+
+# Operands of 8 bits: a register is 4 columns of one row, so a run has two (j), and a load of 4-bit
+# codes 8 registers, c + 2 * (b + 2 * j). ---------------------------------------------------------
+
+
+def _bytes(pieces: Pieces, operand: str, name: str, target: Bits, epilogue: float) -> Code:
+    lines = []
+    for block in (0, 1):
+        words = [f"${8 + 2 * block}", f"${9 + 2 * block}"]
+        for index, parts in enumerate(pieces):
+            lines += gather(parts, words, f"${block + 2 * index}")
+    places = place(pieces, target, unit_index(4, elements=4))
+    return Code(name, operand, 4, places, body(lines), epilogue=epilogue)
+
+
+# The value * 2**-6: exponent at 4 and 3, mantissa at 2.
+E2M1_E4M3 = _bytes(
+    tuple(
+        pieces
+        for word in (0, 1)
+        for pieces in (
+            (Piece(word, "", 0, (2, 3, 4, 7), 8),),
+            (Piece(word, "shl", 2, (2, 3, 7), 8), Piece(word, "rot", 2, (4,), 8)),
+        )
+    ),
+    "e4m3",
+    "e2m1",
+    (2, 3, 4, 7),
+    64.0,
+)
+# 16 * q: the high nibble of a byte.
+INT4_INT8 = _bytes(
+    tuple(
+        (Piece(word, move, by, (4, 5, 6, 7), 8),)
+        for word in (0, 1)
+        for move, by in (("", 0), ("shl", 4))
+    ),
+    "int8",
+    "int4",
+    (4, 5, 6, 7),
+    1 / 16,
+)
+
+
+def _int4_e4m3() -> Code:
+    """2 * q * 2**-9: the smallest e4m3 codes count 0..16. Sign at bit 0 of a nibble, m above it.
+
+    Sign times 0x82 is the sign where e4m3 has it, and the one that m = -1 - q lacks.
+    """
+    lines = []
+    for block in (0, 1):
+        for j in (0, 1):
+            for b in (0, 1):
+                word = f"${8 + 2 * block + j}"
+                if b:
+                    lines.append(f"shr.u32 t0, {word}, 4;")
+                    word = "t0"
+                lines.append(f"and.b32 t1, {word}, 0x01010101;")
+                lines.append(f"and.b32 t2, {word}, 0x0e0e0e0e;")
+                lines.append(f"mad.lo.u32 ${block + 2 * (b + 2 * j)}, t1, 0x82, t2;")
+    placement = tuple(
+        32 * j + 8 * i + 4 * b + (bit + 1) % 4
+        for b in (0, 1)
+        for j in (0, 1)
+        for i in range(4)
+        for bit in range(4)
+    )
+    return Code("int4", "e4m3", 4, placement, body(lines), fold=True, epilogue=256.0)
+
+
+INT4_E4M3 = _int4_e4m3()
+
+
+# Pairs of row parameters ------------------------------------------------------------------------
+
+
+def _pairs(pieces: Pieces, target: Bits, after: tuple[str, ...] = ()) -> PairCode:
+    """Pieces of one word; `after` are instructions on each register, written {0}."""
+    count = len(pieces)
+    lines = []
+    for index, parts in enumerate(pieces):
+        lines += gather(parts, [f"${count}"], f"${index}" if not after else "t2")
+        lines += [line.format(f"${index}") for line in after]
+    places = place(pieces, target, lambda register, half: 2 * register + half)
+    return PairCode(body(lines), count, places)
+
+
+# Two e8m0 exponents per half: where a bf16 has its exponent, and rotated by 8.
+_E8M0: Bits = tuple(range(7, 15))
+E8M0_PAIRS = _pairs(((Piece(0, "", 0, _E8M0),), (Piece(0, "rot", 8, _E8M0),)), _E8M0)
+# The e4m3 of a bf16 pair comes as 2**-120 of its value; 2**119 of it is what e2m1 needs.
+E4M3_BF16_PAIRS = _pairs(
+    _E4M3_BF16_PIECES[:2],
+    _E4M3_BF16,
+    (
+        "mov.b32 t4, 0x7b807b80;",
+        "mul.bf16x2 t2, t2, t4;",
+        "mov.b32 t4, 0x7b007b00;",
+        "mul.bf16x2 {0}, t2, t4;",
+    ),
+)
+E4M3_FP16_PAIRS = PairCode(
+    body(
+        [
+            "mov.b32 {h0, h1}, $2;",
+            "mov.b32 t4, 0x58005800;",
+            "cvt.rn.f16x2.e4m3x2 t0, h0;",
+            "cvt.rn.f16x2.e4m3x2 t1, h1;",
+            "mul.f16x2 $0, t0, t4;",
+            "mul.f16x2 $1, t1, t4;",
+        ]
+    ),
+    2,
+    tuple(range(32)),
+)
+
+
+def _zeros(base: int) -> PairCode:
+    """Zero points z + 8 as nibbles, four pairs per word: base + 8 + z, for int4 to subtract."""
+    lines = [masked_or("$0", "$4", 0x000F000F, base)]
+    for index in range(1, 4):
+        lines.append(f"shr.u32 t0, $4, {4 * index};")
+        lines.append(masked_or(f"${index}", "t0", 0x000F000F, base))
+    places = tuple(4 * i + 16 * b + bit for i in range(4) for b in (0, 1) for bit in range(4))
+    return PairCode(body(lines), 4, places)
+
+
+ZERO_BF16_PAIRS, ZERO_FP16_PAIRS = _zeros(0x43004300), _zeros(0x64006400)
+
+
+# Formats ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Storage:
+    """All that the layout and a kernel must know of a weight format as one type of operand.
+
+    code:  of its elements
+    scale: "none"; "row": constant along K, multiplies the accumulator at the end; "group" or
+           "block": multiplies the product of each group of columns; "fold": multiplies the codes
+    group: columns per scale, 0 for all
+    pairs: how words of scales become pairs of 16-bit multipliers: in the operand type where scales
+           fold, else bf16; None where scales are stored as numbers
+    zeros: how words of zero points become what `code` subtracts
+    bias, least: exponents e are stored as e + bias - shift, and e - shift >= least keeps every
+           product of a scale and a code exact
+    """
+
+    code: Code
+    scale: str = "none"
+    group: int = 0
+    pairs: PairCode | None = None
+    zeros: PairCode | None = None
+    bias: int = 0
+    least: int = 1
+
+
+_INT4 = {
+    ("bf16", False): INT4_BF16,
+    ("bf16", True): INT4_BF16_ZERO,
+    ("fp16", False): INT4_FP16,
+    ("fp16", True): INT4_FP16_ZERO,
+    ("e4m3", False): INT4_E4M3,
+    ("int8", False): INT4_INT8,
+}
+_INT4_GROUPS = (32, 64, 128, None)
+_ZEROS = {"bf16": ZERO_BF16_PAIRS, "fp16": ZERO_FP16_PAIRS}
+_OTHERS = {
+    (MXFP4, "bf16"): Storage(E2M1_BF16, "fold", 32, E8M0_PAIRS, bias=126, least=-5),
+    (MXFP4, "fp16"): Storage(E2M1_FP16, "group", 32, E8M0_PAIRS),
+    (MXFP4, "e4m3"): Storage(E2M1_E4M3, "group", 32, E8M0_PAIRS),
+    (NVFP4, "bf16"): Storage(E2M1_BF16_SCALED, "fold", 16, E4M3_BF16_PAIRS),
+    (NVFP4, "fp16"): Storage(E2M1_FP16_SCALED, "fold", 16, E4M3_FP16_PAIRS),
+    (MXFP8, "bf16"): Storage(E4M3_BF16_SCALED, "fold", 32, E8M0_PAIRS, bias=120, least=3),
+    (MXFP8, "fp16"): Storage(E4M3_FP16, "group", 32, E8M0_PAIRS),
+}
+_BYTES = {
+    (FP8, "bf16"): E4M3_BF16,
+    (FP8, "fp16"): E4M3_FP16,
+    (Int8, "bf16"): INT8_BF16,
+    (Int8, "fp16"): INT8_FP16,
+}
+
+
+@lru_cache(maxsize=256)
+def storage(fmt: Format, operand: str) -> Storage:
+    """How weights in `fmt` are stored for operands "bf16", "fp16", "e4m3" or "int8"."""
+    kind, (rows, group) = type(fmt), fmt.block
+    if isinstance(fmt, Float) and fmt.name == operand:
+        return Storage({"bf16": BF16, "fp16": FP16}[operand])
+    if (kind, operand) in _OTHERS:
+        return _OTHERS[kind, operand]  # type: ignore[index]
+    where = "row" if group is None else "group" if rows == 1 else "block"
+    if isinstance(fmt, Int4) and (operand, fmt.zero_point) in _INT4 and group in _INT4_GROUPS:
+        zeros = _ZEROS[operand] if fmt.zero_point else None
+        return Storage(_INT4[operand, fmt.zero_point], where, group or 0, zeros=zeros)
+    if (kind, operand) in _BYTES:
+        return Storage(_BYTES[kind, operand], where, group or 0)  # type: ignore[index]
+    raise UnsupportedError(f"the Hopper layout has no {fmt.name} weights as {operand} operands")

@@ -1,0 +1,65 @@
+"""What follows the sums of the Hopper GEMMs, in Gluon: fp32 throughout, one rounding, the store."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from moelten.kernels.triton_epilogue import activate
+
+
+@gluon.jit
+def finish(
+    acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr, pairs_ptr,
+    first_pair, stop_pair, expert, row_tile, split, alpha, beta, limit,
+    N: gl.constexpr, ROW_TILES: gl.constexpr, W: gl.constexpr, HALVES: gl.constexpr,
+    ACTIVATION: gl.constexpr, LIMITED: gl.constexpr,
+):  # fmt: skip
+    """What follows the sums [row group, b, g, tokens] in fp32, one rounding, and the store."""
+    GROUPS: gl.constexpr = acc.shape[0]
+    TOKENS: gl.constexpr = acc.shape[3]
+    ROWS: gl.constexpr = 16 * GROUPS // HALVES
+    if row_scale_ptr is not None:
+        L: gl.constexpr = acc.type.layout
+        group = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+        b = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+        g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
+        row = group[:, None, None, None] * 16 + b[None, :, None, None] * 8 + g[None, None, :, None]
+        row += row_tile * 64
+        known = row < ROW_TILES * 64
+        at = row_scale_ptr + expert * (ROW_TILES * 64) + row
+        acc = acc * gl.load(at, mask=known, other=0.0)
+    if W.code.epilogue != 1.0:
+        acc = acc * W.code.epilogue
+    if HALVES == 2:
+        h0, h1 = gl.split(acc.permute((0, 2, 3, 1)))
+        h0 = h0.reshape([ROWS, TOKENS])
+        h1 = h1.reshape([ROWS, TOKENS])
+    else:
+        h0 = acc.reshape([ROWS, TOKENS])
+        h1 = h0
+    OUT: gl.constexpr = h0.type.layout
+    n = row_tile * (64 // HALVES) + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+    token = first_pair + gl.arange(0, TOKENS, gl.SliceLayout(0, OUT))
+    inside = token < stop_pair
+    pair = gl.load(pairs_ptr + token, mask=inside, other=0)
+    if bias_ptr is not None:
+        # The first of several splits brings the bias.
+        biased = (n < N) & (split == 0)
+        at = bias_ptr + expert * (HALVES * N) + n
+        h0 = h0 + gl.load(at, mask=biased, other=0.0)[:, None]
+        if HALVES == 2:
+            h1 = h1 + gl.load(at + N, mask=biased, other=0.0)[:, None]
+    if table_ptr is not None:
+        alpha = gl.load(table_ptr + expert * 3)
+        beta = gl.load(table_ptr + expert * 3 + 1)
+        limit = gl.load(table_ptr + expert * 3 + 2)
+    y = activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
+    if post_ptr is not None:
+        y = y * gl.load(post_ptr + expert * N + n, mask=n < N, other=0.0)[:, None]
+    if router_ptr is not None:
+        y = y * gl.load(router_ptr + pair, mask=inside, other=0.0).to(gl.float32)[None, :]
+    # Rows are padded to 16 bytes, with zeros: those are what codes past the last row decode to.
+    WIDTH: gl.constexpr = (N + 7) // 8 * 8
+    at = out_ptr + pair.to(gl.int64)[None, :] * WIDTH + n[:, None]
+    gl.store(at, y.to(out_ptr.dtype.element_ty), mask=(n < WIDTH)[:, None] & inside[None, :])

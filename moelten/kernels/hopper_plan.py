@@ -1,0 +1,105 @@
+"""What stands before and behind the decode GEMMs: the plan in one launch, and the sum over slots.
+
+All kernels of a layer are launched dependently: each starts while the one before it drains, and
+waits (`gdc_wait`) before it reads what that one writes. Every kernel waits, so that a later one may
+rely on all earlier ones.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from moelten.kernels.triton_ops import TilePlan, make_tile_plan
+
+_SCAN = 1024
+_MAX_PAIRS = 8192
+
+
+def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, block: int) -> TilePlan:
+    """The plan of `triton_ops.make_tile_plan`, in one launch up to 8192 pairs."""
+    size = ids.numel()
+    if size > _MAX_PAIRS:
+        return make_tile_plan(ids, num_experts, first_expert, block)
+    max_tiles = min(size, size // block + num_experts)
+    space = torch.empty(size + 3 * max_tiles + 1, dtype=torch.int32, device=ids.device)
+    pairs, tiles, count = space.split([size, 3 * max_tiles, 1])
+    plan_kernel[(num_experts,)](
+        ids.contiguous(), pairs, tiles, count, size, num_experts, first_expert, max_tiles,
+        BLOCK=block, EXPERTS=triton.next_power_of_2(num_experts),
+        SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN), launch_pdl=True,
+    )  # fmt: skip
+    return TilePlan(pairs, tiles.view(3, max_tiles), count, block)
+
+
+@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
+def plan_kernel(
+    ids_ptr, pairs_ptr, tiles_ptr, count_ptr, size, num_experts, first_expert, max_tiles,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Count all experts' pairs, in every program; write the pairs and tiles of its own."""
+    gdc_launch_dependents()
+    gdc_wait()
+    expert = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    for start in range(0, size, SCAN):
+        i = start + tl.arange(0, SCAN)
+        local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
+        valid = (i < size) & (local >= 0) & (local < num_experts)
+        counts += tl.histogram(tl.where(valid, local, 0).to(tl.int32), EXPERTS, mask=valid)
+    tiles = (counts + BLOCK - 1) // BLOCK
+    position = tl.sum(tl.where(e < expert, counts, 0))
+    tile = tl.sum(tl.where(e < expert, tiles, 0))
+    stop = position + tl.sum(tl.where(e == expert, counts, 0))
+    if expert == 0:
+        tl.store(count_ptr, tl.sum(tiles))
+    first = position
+    while first < stop:
+        tl.store(tiles_ptr + tile, expert)
+        tl.store(tiles_ptr + max_tiles + tile, first)
+        tl.store(tiles_ptr + 2 * max_tiles + tile, tl.minimum(first + BLOCK, stop))
+        tile += 1
+        first += BLOCK
+    if position < stop:
+        for start in range(0, size, SCAN):
+            i = start + tl.arange(0, SCAN)
+            local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
+            mine = ((local == expert) & (i < size)).to(tl.int32)
+            tl.store(pairs_ptr + position + tl.cumsum(mine, 0) - mine, i, mask=mine != 0)
+            position += tl.sum(mine)
+
+
+def combine(y: Tensor, ids: Tensor, num_experts: int, first_expert: int, out: Tensor) -> None:
+    """out[t] = sum over slots, then splits, of the valid rows of y [splits, T*k, H], in order."""
+    tokens, top_k = ids.shape
+    width = out.shape[1]
+    block = min(triton.next_power_of_2(width), 512)
+    combine_kernel[(tokens, triton.cdiv(width, block))](
+        y, ids.contiguous(), out, num_experts, first_expert, width, y.stride(0),
+        TOP_K=top_k, SPLITS=y.shape[0], BLOCK=block, launch_pdl=True,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_expert", "split_stride"])
+def combine_kernel(
+    y_ptr, ids_ptr, out_ptr, num_experts, first_expert, width, split_stride,
+    TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    gdc_launch_dependents()
+    gdc_wait()
+    for slot in tl.static_range(TOP_K):
+        row = token * TOP_K + slot
+        local = tl.load(ids_ptr + row).to(tl.int64) - first_expert
+        valid = (local >= 0) & (local < num_experts)
+        for split in tl.static_range(SPLITS):
+            at = y_ptr + split * split_stride + row * width + column
+            total += tl.load(at, mask=inside & valid, other=0.0)
+    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)

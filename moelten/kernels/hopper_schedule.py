@@ -1,0 +1,63 @@
+"""Which variant of the decode GEMM runs: a cost model over tokens, experts and the GPU's size.
+
+Pure arithmetic on sizes that the host knows; nothing is timed and no model has a table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from moelten.kernels.hopper_codes import Storage
+
+# Programs per multiprocessor that keep enough bytes in flight, and columns worth a split of K.
+_WANTED_PROGRAMS = 4
+_LEAST_STEPS = 4
+_MAX_SPLITS = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """warps: of a program, which split K; registers: the most per thread; splits: over programs."""
+
+    warps: int
+    registers: int
+    splits: int = 1
+
+
+def block_of(pairs: int, num_experts: int) -> int:
+    """Pairs per tile: wide tiles cost every tile some speed, narrow ones large experts a pass more.
+
+    Measured on H200: they break even near 5 pairs per expert.
+    """
+    return 8 if pairs <= 5 * num_experts else 16
+
+
+def make_variant(
+    stored: Storage, block: int, pairs: int, num_experts: int, row_tiles: int, columns: int,
+    processors: int, *, may_split: bool,
+) -> Variant:  # fmt: skip
+    """The variant for a matrix of `row_tiles` tiles of 64 rows per expert, and its tokens."""
+    active = num_experts * -math.expm1(pairs * math.log1p(-1 / max(num_experts, 2)))
+    programs = min(active, pairs) * row_tiles
+    steps = -(-columns // 256)
+    splits = 1
+    if may_split:
+        wanted = math.ceil(_WANTED_PROGRAMS * processors / programs)
+        splits = max(1, min(wanted, steps // _LEAST_STEPS, _MAX_SPLITS))
+    return Variant(4, _registers(stored, block), splits)
+
+
+def _registers(stored: Storage, block: int) -> int:
+    """The most registers per thread: few enough for many warps, enough not to spill."""
+    # Groups of 32 have two products per chunk, each with sums of its own.
+    two_products = stored.scale == "group" and stored.group == 32
+    if block == 8:
+        if stored.code.bits == 16 or (two_products and stored.zeros is not None):
+            return 128
+        if two_products or stored.zeros:
+            return 96
+        return 72 if stored.scale == "fold" and stored.code.bits == 4 else 80
+    if two_products:
+        return 168
+    return 96 if stored.code.bits == 4 and stored.scale not in ("group", "block") else 128

@@ -1,0 +1,140 @@
+"""Machine code of the Hopper decode GEMM, compiled for sm_90a without a GPU.
+
+The design holds only if the compiler keeps it: weights decoded in registers are operands of the
+matrix instruction, nothing spills, no bytes are permuted, and a weight costs few instructions.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+pytest.importorskip("triton")
+
+import triton
+from test_triton_compile import spilled_bytes
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
+from moelten.kernels.hopper_codes import storage
+from moelten.kernels.hopper_decode import decode_kernel
+from moelten.kernels.hopper_schedule import make_variant
+
+# Format, operand type, and the most instructions of the loop per weight at 8 tokens.
+CASES: dict[str, tuple[Format, str, float]] = {
+    "mxfp4": (MXFP4(), "bf16", 2.1),
+    "nvfp4": (NVFP4(), "bf16", 2.4),
+    "int4g128": (Int4(128), "bf16", 2.2),
+    "int4g32": (Int4(32), "bf16", 2.4),
+    "int4g64z": (Int4(64, zero_point=True), "bf16", 2.3),
+    "int4": (Int4(), "bf16", 2.0),
+    "fp8block": (FP8((128, 128)), "bf16", 2.5),
+    "int8": (Int8(), "bf16", 2.4),
+    "mxfp8": (MXFP8(), "bf16", 2.5),
+    "bf16": (Float("bfloat16"), "bf16", 0.6),
+    "mxfp4 in fp16": (MXFP4(), "fp16", 3.0),
+    "int4g32z in fp16": (Int4(32, zero_point=True, scale="float16"), "fp16", 2.7),
+}
+NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/nvdisasm")
+OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)")
+
+
+def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int):
+    """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, router weights) as `grouped_gemm` calls it."""
+    stored = storage(fmt, operand)
+    variant = make_variant(stored, block, 256, 64, 64, columns, 132, may_split=False)
+    scaled = stored.scale in ("fold", "group", "block")
+    scale = "" if not scaled else str(fmt.scale_dtype).removeprefix("torch.")
+    types: dict[str, str | None] = {
+        "x_ptr": "*u32",
+        "w_ptr": "*u32",
+        "scale_ptr": "*u32" if scaled else None,
+        "zero_ptr": "*u32" if stored.zeros else None,
+        "row_scale_ptr": "*fp32" if stored.scale in ("row", "fold") else None,
+        "bias_ptr": "*fp32" if halves == 1 else None,
+        "table_ptr": None,
+        "post_ptr": None,
+        "router_ptr": "*fp32" if halves == 1 else None,
+        "out_ptr": "*fp32" if halves == 1 else f"*{operand}",
+        **dict.fromkeys(("pairs_ptr", "tiles_ptr", "count_ptr"), "*i32"),
+        **dict.fromkeys(("max_tiles", "rows_per_source", "splits", "per_split"), "i32"),
+        **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
+        "split_stride": "i64",
+    }
+    values: dict[str, object] = {
+        "K": columns,
+        "N": 2048,
+        "HALVES": halves,
+        "W": stored,
+        "SCALE": "int32" if stored.pairs else scale,
+        "OPERAND": {"bf16": gl.bfloat16, "fp16": gl.float16}[operand],
+        "ACTIVATION": "swiglu" if halves == 2 else "none",
+        "LIMITED": False,
+        "BLOCK": block,
+        "WARPS": variant.warps,
+        "FIRST": halves == 2,
+    }
+    values |= {name: None for name, kind in types.items() if kind is None}
+    names = decode_kernel.arg_names
+    signature = {name: types.get(name) or "constexpr" for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    constants = {(names.index(name),): value for name, value in values.items()}
+    source = GluonASTSource(decode_kernel, signature, constants, aligned)
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def loops(cubin: bytes, folder) -> list[list[str]]:
+    """Operations of every loop that multiplies matrices."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    listing = subprocess.run(
+        [NVDISASM, "-c", str(path)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    labels = {line[: line.index(":")]: i for i, line in enumerate(listing) if line[:3] == ".L_"}
+    found = []
+    for i, line in enumerate(listing):
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if jump and labels[jump[1]] < i:
+            body = [m[1] for m in map(OPERATION.match, listing[labels[jump[1]] : i + 1]) if m]
+            if "HMMA" in body:
+                found.append(body)
+    return found
+
+
+@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("name", CASES)
+def test_machine_code(name, block, tmp_path):
+    fmt, operand, budget = CASES[name]
+    for halves, columns in ((2, 4096), (1, 2944)):
+        kernel = compiled(fmt, operand, block, halves, columns)
+        assert spilled_bytes(kernel.asm["ptx"], "sm_90a", tmp_path) == 0
+        bodies = loops(kernel.asm["cubin"], tmp_path)
+        assert len(bodies) == block // 8
+        for body in bodies:
+            groups = 16 if body.count("HMMA") < 32 else 32
+            assert body.count("HMMA") == groups
+            assert not {"LDL", "STL", "LDS", "STS", "BAR", "SHFL"} & set(body)
+            assert body.count("PRMT") <= 2
+            # A step decodes 4 row groups of 16 rows by 64 columns: 128 weights per lane.
+            if groups == 16:
+                assert len(body) / 128 <= budget, len(body)
+
+
+def test_the_schedule_fills_the_gpu():
+    """Splits of K only where few programs would leave multiprocessors idle, and never of GEMM1."""
+    stored = storage(MXFP4(), "bf16")
+    one = make_variant(stored, 8, 2, 8, 64, 14336, 132, may_split=True)
+    many = make_variant(stored, 8, 384, 256, 64, 2048, 132, may_split=True)
+    first = make_variant(stored, 8, 2, 8, 64, 14336, 132, may_split=False)
+    assert (many.splits, first.splits) == (1, 1)
+    assert 4 <= one.splits <= 8

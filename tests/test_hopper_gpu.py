@@ -1,0 +1,243 @@
+"""The Hopper backend on the GPU it is for, against the reference in fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import ACTIVATIONS, ALL_SCHEMES, Case, make_input, make_weights
+from metrics import assert_matches
+from test_triton_gpu import make_call, make_layer
+
+import moelten
+from moelten import GPT_OSS, SwiGLU, reference
+from moelten.formats import BF16, FP16, MXFP4, Float, Int4, Scheme, scheme
+from moelten.kernels.hopper_codes import storage
+from moelten.packed import PackedExperts
+from moelten.routing import Routing
+from moelten.weights import ExpertWeights
+
+pytestmark = pytest.mark.gpu
+TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 100, 257, 512)
+SCHEMES = {
+    name: s
+    for name, s in ALL_SCHEMES.items()
+    if isinstance(s.activations, Float) and s.activations.name in ("bf16", "fp16")
+}
+
+
+def backend(which: Scheme) -> str:
+    return "hopper" if which.activations == BF16 else "hopper-fp16"
+
+
+def to_gpu(routing: Routing) -> Routing:
+    return Routing(routing.ids.cuda(), routing.weights.cuda(), routing.on_input)
+
+
+def packed_on_gpu(weights: ExpertWeights) -> PackedExperts:
+    return moelten.pack(weights, device="cuda", backend=backend(weights.spec.scheme))
+
+
+def check(weights: ExpertWeights, x: torch.Tensor, routing: Routing, packed=None) -> torch.Tensor:
+    packed = packed_on_gpu(weights) if packed is None else packed
+    out = moelten.fused_moe(x.cuda(), packed, to_gpu(routing)).cpu()
+    assert_matches(out, reference.moe(x, weights, routing))
+    return out
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme(name):
+    case = Case(SCHEMES[name], num_experts=7, hidden_size=320, intermediate_size=192)
+    if case.scheme.weights.block[1] == 128:
+        case = replace(case, hidden_size=384, intermediate_size=256)
+    weights = make_weights(case)
+    packed = packed_on_gpu(weights)
+    for tokens in TOKENS:
+        check(weights, *make_input(replace(case, tokens=tokens, seed=tokens)), packed)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32z_bf16", "fp8_bf16", "bf16_bf16"])
+def test_fp16_activations(name, fp16):
+    """Every kind of code also has operands in fp16."""
+    weights = SCHEMES[name].weights if name in SCHEMES else scheme(name).weights
+    act = FP16 if fp16 else BF16
+    which = Scheme(act if isinstance(weights, Float) else weights, act)
+    case = Case(which, hidden_size=448, intermediate_size=320)
+    for tokens in (5, 130):
+        made = make_weights(replace(case, tokens=tokens))
+        check(made, *make_input(replace(case, tokens=tokens)))
+
+
+@pytest.mark.parametrize("hidden", [2880, 1856, 72])
+@pytest.mark.parametrize("inter", [80, 192, 232, 320, 704, 1856])
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4_bf16", "fp8_bf16", "bf16_bf16"])
+def test_ragged_sizes(name, inter, hidden):
+    which = SCHEMES[name]
+    if isinstance(which.weights, MXFP4) and (inter % 32 or hidden % 32):
+        pytest.skip("groups of 32 must divide both")
+    case = Case(which, num_experts=3, hidden_size=hidden, intermediate_size=inter, top_k=2)
+    check(make_weights(case), *make_input(case))
+
+
+@pytest.mark.parametrize("experts, top_k", [(1, 1), (3, 2), (60, 4), (129, 32), (289, 8)])
+def test_numbers_of_experts(experts, top_k):
+    case = Case(
+        scheme("mxfp4_bf16"),
+        num_experts=experts,
+        hidden_size=64,
+        intermediate_size=64,
+        top_k=top_k,
+        tokens=21,
+    )
+    check(make_weights(case), *make_input(case))
+
+
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32_bf16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_biases(name, activation):
+    case = Case(scheme(name), activation=ACTIVATIONS[activation], biases=True)
+    for tokens in (1, 33):
+        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+
+
+def test_bad_ids_duplicates_and_one_expert():
+    case = Case(scheme("mxfp4_bf16"), tokens=40)
+    weights = make_weights(case)
+    packed = packed_on_gpu(weights)
+    x, routing = make_input(case)
+    bad = routing.ids.clone()
+    bad[::3, 0], bad[1::3, 1], bad[5] = -1, 5, 1 << 20
+    same = torch.full_like(bad, 2)
+    for ids in (bad, same, bad.long(), torch.full_like(bad, -1)):
+        out = check(weights, x, replace_ids(routing, ids), packed)
+        assert not out[(ids < 0).all(1)].any()
+    ranged = packed.expert_range(1, 4)
+    part = ExpertWeights(weights.w13[1:4], weights.w2[1:4], weights.activation, first_expert=1)
+    check(part, x, replace_ids(routing, bad), ranged)
+
+
+def replace_ids(routing: Routing, ids: torch.Tensor) -> Routing:
+    return Routing(ids, routing.weights, routing.on_input)
+
+
+def test_every_exponent():
+    """Scales differ in every block of every row, over the whole range that bf16 products allow."""
+    case = Case(scheme("mxfp4_bf16"), num_experts=3, hidden_size=512, intermediate_size=256)
+    weights = make_weights(case)
+    g = torch.Generator().manual_seed(7)
+
+    def scaled(q, low, high):
+        scale = torch.randint(low, high, q.scale.shape, generator=g, dtype=torch.uint8)
+        return q.with_parts({**q.tensors(), "scale": scale})
+
+    for low, high in ((100, 128), (60, 70), (118, 124)):
+        w = replace(weights, w13=scaled(weights.w13, 118, 124), w2=scaled(weights.w2, low, high))
+        check(w, *make_input(case))
+
+
+def test_router_weight_on_the_input_and_pre_scales():
+    case = Case(scheme("int4g64_bf16"))
+    weights = make_weights(case)
+    x, routing = make_input(case)
+    check(weights, x, Routing(routing.ids, routing.weights, on_input=True))
+    scaled = replace(
+        weights,
+        w13_pre_scale=torch.rand(case.num_experts, case.hidden_size) + 0.5,
+        w2_pre_scale=torch.rand(case.num_experts, case.intermediate_size) + 0.5,
+    )
+    check(scaled, x, routing)
+
+
+SHAPES = {
+    "gpt-oss-120b": (scheme("mxfp4_bf16"), 32, 2880, 2880, 4, GPT_OSS, True),
+    "deepseek-v3": (
+        Scheme(scheme("fp8block_fp8").weights, BF16),
+        24,
+        7168,
+        2048,
+        8,
+        SwiGLU(),
+        False,
+    ),
+    "kimi-k2": (scheme("int4g32_bf16"), 24, 7168, 2048, 8, SwiGLU(), False),
+    "mixtral": (Scheme(Int4(128), BF16), 4, 4096, 14336, 2, SwiGLU(), False),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_production_shapes(name):
+    which, experts, hidden, inter, top_k, activation, biases = SHAPES[name]
+    weights = make_layer(which, experts, hidden, inter, activation, biases)
+    packed = moelten.pack(weights, backend="hopper")
+    for tokens in (1, 3, 17, 64, 257):
+        x, routing = make_call(tokens, experts, hidden, top_k)
+        out = moelten.fused_moe(x, packed, routing)
+        assert_matches(out.cpu(), reference.moe(x, weights, routing).cpu())
+
+
+def test_graph_from_the_first_call():
+    """Captured without a warm-up call; replays follow new inputs."""
+    weights = make_layer(scheme("mxfp4_bf16"), 6, 512, 352, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    (x, routing), (other, fresh) = (make_call(9, 6, 512, 2, seed) for seed in (3, 4))
+    out, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moelten.fused_moe(x, packed, routing, out=out)
+    for new_x, new in ((x.clone(), routing), (other, fresh)):
+        x.copy_(new_x), routing.ids.copy_(new.ids), routing.weights.copy_(new.weights)
+        graph.replay()
+        assert_matches(out.cpu(), reference.moe(new_x, weights, new).cpu())
+
+
+def test_same_bits_on_two_streams():
+    """Calls share no state: many calls on two streams give the bits that one gives."""
+    weights = make_layer(scheme("int4g32_bf16"), 8, 512, 512, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    calls = [make_call(tokens, 8, 512, 2, tokens) for tokens in (5, 90)]
+    wanted = [moelten.fused_moe(x, packed, routing) for x, routing in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    for _ in range(500):
+        found = []
+        for stream, (x, routing) in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(moelten.fused_moe(x, packed, routing))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_token_does_not_depend_on_the_others():
+    """Bits depend on the splits of K alone, and those only on how many programs a call has.
+
+    Neither the width of a tile nor a token's place in it matters.
+    """
+    weights = make_layer(scheme("mxfp4_bf16"), 8, 1024, 512, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    x, routing = make_call(300, 8, 1024, 2)
+    whole = moelten.fused_moe(x, packed, routing)
+    order = torch.randperm(300, device="cuda")
+    for rows in (order, order[:120], order[:90]):
+        part = Routing(routing.ids[rows], routing.weights[rows])
+        assert torch.equal(moelten.fused_moe(x[rows], packed, part), whole[rows])
+
+
+def test_offsets_past_2_to_31():
+    """The last expert's packed bytes lie beyond 2**31."""
+    which = scheme("int8_bf16")
+    weights = make_layer(which, 41, 8192, 3584, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    assert packed.tensors["w13.data"].nbytes > 2**31
+    x, _ = make_call(3, 41, 8192, 1)
+    ids = torch.tensor([[40], [40], [0]], device="cuda")
+    routing = Routing(ids, torch.ones(3, 1, device="cuda"))
+    out = moelten.fused_moe(x, packed, routing)
+    assert_matches(out.cpu(), reference.moe(x, weights, routing).cpu())
+
+
+def test_hopper_is_what_runs_by_default():
+    for which in (scheme("mxfp4_bf16"), scheme("fp16_fp16")):
+        weights = make_layer(which, 2, 128, 64, SwiGLU(), False)
+        assert moelten.pack(weights).layout.name == backend(which)
+        storage(which.weights, which.activations.name)
