@@ -1,10 +1,10 @@
 """Run the GPU tests and write benchmarks/results/gpu-tests.json: `python benchmarks/gpu_tests.py`.
 
-Needs a GPU and a plain pytest. COMMIT in the environment names the commit where git cannot. First
-everything marked `gpu` in tests/, alone; then the suites of the Triton kernels, which choose the
-GPU by themselves, side by side (compiling is what takes the time). What does not run is named:
-files that cannot be imported (an extra is missing), with the reason, and skipped tests. A file that
-holds GPU tests and cannot be imported is a failure.
+Needs a GPU and a plain pytest. COMMIT in the environment names the commit of a copy of the tree.
+Every file with tests marked `gpu`, and the suites of the Triton kernels, which choose the GPU by
+themselves, run side by side: compiling is what takes the time. What does not run is named: a file
+that cannot be imported (an extra is missing) is a failure, skipped tests come with their reason.
+The report is rewritten after each file, so a run that is cut short loses nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 # Compiled for other GPUs, the interpreter's own, and one with nothing but marked tests.
 ELSEWHERE = {"test_triton_compile.py", "test_triton_interpreter.py", "test_triton_gpu.py"}
-WORKERS = 6
+WORKERS = 8
 
 
 def suites() -> list[Path]:
@@ -96,24 +96,36 @@ def holds_gpu_tests(module: str) -> bool:
     return not path.exists() or "mark.gpu" in path.read_text()
 
 
+def jobs() -> list[list[str]]:
+    """pytest's arguments, one file each."""
+    marked = [path for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    return [
+        *(["-m", "not gpu", str(path)] for path in suites()),
+        *(["-m", "gpu", str(path)] for path in marked),
+    ]
+
+
 def main(target: Path) -> int:
     import torch
     import triton
 
-    found = [run(["-m", "gpu", str(TESTS)])]
+    found: list[dict[str, Any]] = []
     with ThreadPoolExecutor(WORKERS) as pool:
-        found += pool.map(lambda path: run(["-m", "not gpu", str(path)], WORKERS), suites())
-    record = {
-        "commit": commit(),
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "tests": sum(r["tests"] for r in found),
-        "failed": sum(len(r["failed"]) for r in found),
-        "runs": found,
-    }
-    target.write_text(json.dumps(record, indent=1) + "\n")
+        pending = [pool.submit(run, arguments, WORKERS) for arguments in jobs()]
+        for done in as_completed(pending):
+            found.append(done.result())
+            record = {
+                "commit": commit(),
+                "gpu": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "tests": sum(r["tests"] for r in found),
+                "failed": sum(len(r["failed"]) for r in found),
+                "files_missing": len(pending) - len(found),
+                "runs": found,
+            }
+            target.write_text(json.dumps(record, indent=1) + "\n")
     print(
         *(f"{r['tests']:5} {len(r['failed']):3} failed  {r['command'][-1]}" for r in found),
         sep="\n",

@@ -128,8 +128,6 @@ def test_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_records, "__file__", str(source))
     monkeypatch.delenv("COMMIT", raising=False)
     assert bench_records.commit() is None
-    monkeypatch.setenv("COMMIT", "abc")
-    assert bench_records.commit() == "abc"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for line in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run(git + line, check=True)
@@ -139,8 +137,11 @@ def test_commit(tmp_path, monkeypatch):
     assert bench_records.commit() == head
     source.write_text("edited")
     assert bench_records.commit() == f"{head}-dirty"
-    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("COMMIT", "abc")
     assert bench_records.commit() == "abc"
+    monkeypatch.delenv("COMMIT")
+    monkeypatch.setenv("PATH", "")
+    assert bench_records.commit() is None
 
 
 def test_relative_error_sees_a_wrong_output():

@@ -52,3 +52,8 @@ def test_every_suite_of_the_kernels_is_run(script):
     names = {path.name for path in script.suites()}
     assert {"test_triton.py", "test_triton_fuzz.py", "test_triton_routing.py"} <= names
     assert "test_stages.py" in names and "test_triton_compile.py" not in names
+
+
+def test_every_marked_file_is_run(script):
+    marked = {Path(job[-1]).name for job in script.jobs() if job[1] == "gpu"}
+    assert {"test_triton_gpu.py", "test_bench.py", "test_triton_workspace.py"} <= marked

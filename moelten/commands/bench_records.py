@@ -128,15 +128,17 @@ def relative_error(packed: PackedExperts, draw: Draw, out: Tensor, elements: int
 
 
 def commit() -> str | None:
-    """The checkout's commit, "-dirty" if the package was edited; $COMMIT where git cannot tell."""
+    """$COMMIT, for a copy of the tree; else the checkout's, "-dirty" if the package was edited."""
+    if named := os.environ.get("COMMIT"):
+        return named
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():  # an installed package may lie in someone else's checkout
-        return os.environ.get("COMMIT")
+        return None
     try:
         dirty = _git(root, "status", "--porcelain", "--", "moelten")
         return _git(root, "rev-parse", "HEAD") + ("-dirty" if dirty else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("COMMIT")
+        return None
 
 
 def _git(root: Path, *arguments: str) -> str:
