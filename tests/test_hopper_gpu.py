@@ -14,7 +14,6 @@ import moelten
 from moelten import GPT_OSS, SwiGLU, reference
 from moelten.formats import BF16, FP16, MXFP4, Float, Int4, Scheme, scheme
 from moelten.kernels.hopper_codes import storage
-from moelten.packed import PackedExperts
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
 
@@ -35,15 +34,21 @@ def to_gpu(routing: Routing) -> Routing:
     return Routing(routing.ids.cuda(), routing.weights.cuda(), routing.on_input)
 
 
-def packed_on_gpu(weights: ExpertWeights) -> PackedExperts:
-    return moelten.pack(weights, device="cuda", backend=backend(weights.spec.scheme))
+def on_gpu(weights: ExpertWeights) -> ExpertWeights:
+    """The same weights on the GPU, where the reference is fast."""
+    parts = {name: getattr(weights, name).map(torch.Tensor.cuda) for name in ("w13", "w2")} | {
+        name: part.cuda() for name, part in weights.extras().items()
+    }
+    return replace(weights, **parts)
 
 
 def check(weights: ExpertWeights, x: torch.Tensor, routing: Routing, packed=None) -> torch.Tensor:
-    packed = packed_on_gpu(weights) if packed is None else packed
-    out = moelten.fused_moe(x.cuda(), packed, to_gpu(routing)).cpu()
+    weights, x, routing = on_gpu(weights), x.cuda(), to_gpu(routing)
+    if packed is None:
+        packed = moelten.pack(weights, backend=backend(weights.spec.scheme))
+    out = moelten.fused_moe(x, packed, routing)
     assert_matches(out, reference.moe(x, weights, routing))
-    return out
+    return out.cpu()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -52,7 +57,7 @@ def test_every_scheme(name):
     if case.scheme.weights.block[1] == 128:
         case = replace(case, hidden_size=384, intermediate_size=256)
     weights = make_weights(case)
-    packed = packed_on_gpu(weights)
+    packed = moelten.pack(on_gpu(weights), backend=backend(weights.spec.scheme))
     for tokens in TOKENS:
         check(weights, *make_input(replace(case, tokens=tokens, seed=tokens)), packed)
 
@@ -105,7 +110,7 @@ def test_activations_and_biases(name, activation):
 def test_bad_ids_duplicates_and_one_expert():
     case = Case(scheme("mxfp4_bf16"), tokens=40)
     weights = make_weights(case)
-    packed = packed_on_gpu(weights)
+    packed = moelten.pack(on_gpu(weights), backend=backend(weights.spec.scheme))
     x, routing = make_input(case)
     bad = routing.ids.clone()
     bad[::3, 0], bad[1::3, 1], bad[5] = -1, 5, 1 << 20

@@ -1,8 +1,8 @@
 """What stands before and behind the decode GEMMs: the plan in one launch, and the sum over slots.
 
-All kernels of a layer are launched dependently: each starts while the one before it drains, and
-waits (`gdc_wait`) before it reads what that one writes. Every kernel waits, so that a later one may
-rely on all earlier ones.
+Within a layer each kernel is launched while the one before it drains, and waits (`gdc_wait`) before
+it reads what that one writes; GEMM1 waits for the plan, so later kernels may rely on that. Layers
+follow each other without overlap: the plan waits for all before it, as any kernel does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, block: int) -> 
     plan_kernel[(num_experts,)](
         ids.contiguous(), pairs, tiles, count, size, num_experts, first_expert, max_tiles,
         BLOCK=block, EXPERTS=triton.next_power_of_2(num_experts),
-        SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN), launch_pdl=True,
+        SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN),
     )  # fmt: skip
     return TilePlan(pairs, tiles.view(3, max_tiles), count, block)
 
@@ -42,7 +42,6 @@ def plan_kernel(
 ):  # fmt: skip
     """Count all experts' pairs, in every program; write the pairs and tiles of its own."""
     gdc_launch_dependents()
-    gdc_wait()
     expert = tl.program_id(0)
     e = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
@@ -93,7 +92,6 @@ def combine_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros((BLOCK,), tl.float32)
-    gdc_launch_dependents()
     gdc_wait()
     for slot in tl.static_range(TOP_K):
         row = token * TOP_K + slot
