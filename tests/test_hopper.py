@@ -1,13 +1,19 @@
-"""What the Hopper backend accepts and refuses, without a GPU."""
+"""The Hopper backend without a GPU: what it accepts and refuses, what it launches, and on what."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 import pytest
 import torch
+from cases import ALL_SCHEMES, Case, make_input, make_weights
 
 from moelten.formats import BF16, FP16, MXFP4, Float, Int4, Scheme, scheme
 from moelten.kernels.hopper import HopperBackend
-from moelten.kernels.hopper_schedule import block_of
+from moelten.kernels.hopper_codes import storage
+from moelten.kernels.hopper_schedule import block_of, make_variant, split_rows
+from moelten.packed import PackedExperts
 from moelten.weights import ExpertSpec
 
 CUDA = torch.device("cuda")
@@ -55,3 +61,69 @@ def test_refuses_other_machines(monkeypatch):
 
 def test_tiles_grow_with_experts():
     assert [block_of(6 * t, 256) for t in (1, 64, 213, 214, 1024)] == [8, 8, 8, 16, 16]
+
+
+@pytest.mark.parametrize("experts, row_tiles", [(1, 1), (8, 2), (8, 64), (32, 45), (256, 112)])
+def test_room_for_every_split(experts, row_tiles):
+    """The rows that splits write fit in what is set aside, which never shrinks."""
+    stored, before = storage(MXFP4(), "bf16"), 0
+    for pairs in (*range(1, 400), 1000, 8192, 10**6):
+        block = block_of(pairs, experts)
+        variant = make_variant(
+            stored, block, pairs, experts, row_tiles, columns=14336, may_split=True
+        )
+        room = split_rows(pairs, row_tiles)
+        assert max(variant.splits * pairs, before) <= room
+        before = room
+
+
+@pytest.mark.parametrize("which", ["mxfp4_bf16", "int4g128z_fp16"])
+def test_workspace_never_shrinks(which):
+    ours = ExpertSpec(ALL_SCHEMES[which], 8, 256, 128)
+    sizes = [HopperBackend().workspace_bytes(ours, t, 2) for t in (*range(200), 5000, 2**33)]
+    assert sizes == sorted(sizes) and sizes[0] == 0 and sizes[1] > 0 and sizes[-1] > 2**40
+
+
+class Launches(list):
+    """Stands in for a kernel: notes what it is launched on."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.append((grid, arguments, constants))
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_launches_inside_the_workspace(monkeypatch, on_input):
+    """Four launches (five where rows differ by pair), and memory that is the workspace's own."""
+    pytest.importorskip("triton")
+    from moelten.kernels import hopper_gemm, hopper_plan, triton_ops
+
+    launches = Launches()
+    for module, name in (
+        (hopper_gemm, "decode_kernel"),
+        (hopper_plan, "plan_kernel"),
+        (hopper_plan, "combine_kernel"),
+        (triton_ops, "quantize_kernel"),
+    ):
+        monkeypatch.setattr(module, name, launches)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    case = Case(scheme("int4g32_bf16"), hidden_size=192, intermediate_size=96, tokens=9)
+    weights, (x, routing) = make_weights(case), make_input(case)
+    routing = replace(routing, on_input=on_input)
+    backend = HopperBackend()
+    experts = PackedExperts.pack(weights.spec, weights.experts(), backend.layout, x.device)
+    size = backend.workspace_bytes(weights.spec, 9, routing.top_k, on_input)
+    workspace, out = torch.empty(size, dtype=torch.uint8), torch.empty_like(x)
+    backend.run(x, experts, routing, out, workspace)
+    assert len(launches) == 4 + on_input
+
+    def storage_of(tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage().data_ptr()
+
+    known = {storage_of(t) for t in (x, out, routing.ids, routing.weights, workspace)}
+    known |= {storage_of(t) for t in experts.tensors.values()}
+    for _, arguments, _ in launches:
+        assert {storage_of(a) for a in arguments if isinstance(a, torch.Tensor)} <= known
+    launches.clear()
+    less = backend.workspace_bytes(weights.spec, 5, routing.top_k, on_input)
+    backend.run(x, experts, routing, out, workspace[:less])
+    assert len(launches) == 2 * (4 + on_input)

@@ -49,7 +49,7 @@ OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)")
 def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, router weights) as `grouped_gemm` calls it."""
     stored = storage(fmt, operand)
-    variant = make_variant(stored, block, 256, 64, 64, columns, 132, may_split=False)
+    variant = make_variant(stored, block, 256, 64, 64, columns, may_split=False)
     scaled = stored.scale in ("fold", "group", "block")
     scale = "" if not scaled else str(fmt.scale_dtype).removeprefix("torch.")
     types: dict[str, str | None] = {
@@ -133,8 +133,8 @@ def test_machine_code(name, block, tmp_path):
 def test_the_schedule_fills_the_gpu():
     """Splits of K only where few programs would leave multiprocessors idle, and never of GEMM1."""
     stored = storage(MXFP4(), "bf16")
-    one = make_variant(stored, 8, 2, 8, 64, 14336, 132, may_split=True)
-    many = make_variant(stored, 8, 384, 256, 64, 2048, 132, may_split=True)
-    first = make_variant(stored, 8, 2, 8, 64, 14336, 132, may_split=False)
+    one = make_variant(stored, 8, 2, 8, 64, 14336, may_split=True)
+    many = make_variant(stored, 8, 384, 256, 64, 2048, may_split=True)
+    first = make_variant(stored, 8, 2, 8, 64, 14336, may_split=False)
     assert (many.splits, first.splits) == (1, 1)
     assert 4 <= one.splits <= 8

@@ -196,6 +196,24 @@ def test_graph_from_the_first_call():
         assert_matches(out.cpu(), reference.moe(new_x, weights, new).cpu())
 
 
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g128_fp16"])
+def test_a_workspace_serves_all(name):
+    """Bit for bit what a call of its own memory gives, whatever it held; nothing is allocated."""
+    which = SCHEMES[name]
+    weights = make_layer(which, 8, 512, 384, SwiGLU(), False)
+    packed = moelten.pack(weights, backend=backend(which))
+    x, routing = make_call(33, 8, 512, 2)
+    x = x.to(which.activations.data_dtype)
+    wanted, out = moelten.fused_moe(x, packed, routing), torch.empty_like(x)
+    size = moelten.workspace_bytes(packed, 33, 2)
+    for value in (0xFF, 0x7F):
+        workspace = torch.full((size,), value, dtype=torch.uint8, device="cuda")
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        moelten.fused_moe(x, packed, routing, out=out, workspace=workspace)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        assert torch.equal(out, wanted)
+
+
 def test_same_bits_on_two_streams():
     """Calls share no state: many calls on two streams give the bits that one gives."""
     weights = make_layer(scheme("int4g32_bf16"), 8, 512, 512, SwiGLU(), False)

@@ -8,16 +8,19 @@ what `workspace_bytes` says cannot drift from what a call uses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moelten.errors import FormatError
+from moelten.routing import Routing
 
 # No access of any GPU wants more, tensor maps included.
 ALIGNMENT = 256
+# What a call without a workspace takes at most, unless one token needs more.
+_OWN_BYTES = 2 << 30
 
 
 class Take(Protocol):
@@ -83,3 +86,26 @@ def chunk_tokens(tokens: int, limit: int, needed: Callable[[int], int]) -> int:
         else:
             too_many = middle
     return -(-tokens // -(-tokens // fits))
+
+
+def serve_chunks(
+    routing: Routing, workspace: Tensor | None, needed: Callable[[int], int]
+) -> Iterator[tuple[slice, Routing, Take]]:
+    """The token ranges that run at once, with their routing and their memory, reused by each.
+
+    workspace: uint8 on the routing's device; None allocates one of at most 2 GiB
+    needed:    as for `chunk_tokens`
+    """
+    limit = max(_OWN_BYTES, needed(1)) if workspace is None else workspace.numel()
+    step = chunk_tokens(routing.num_tokens, limit, needed)
+    if workspace is None:
+        workspace = torch.empty(needed(step), dtype=torch.uint8, device=routing.ids.device)
+    for part, chunk in split_tokens(routing, step):
+        yield part, chunk, Arena(workspace).take
+
+
+def split_tokens(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]:
+    """Ranges of up to `step` tokens, with the routing of each."""
+    for start in range(0, routing.num_tokens, step):
+        part = slice(start, start + step)
+        yield part, Routing(routing.ids[part], routing.weights[part], routing.on_input)

@@ -11,21 +11,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from moelten.errors import UnsupportedError
 from moelten.formats import Float
+from moelten.kernels.arena import Arena, Take, serve_chunks
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_layout import HopperLayout
-from moelten.kernels.hopper_schedule import block_of, make_variant
-from moelten.kernels.triton import activation_arguments
-from moelten.packed import PackedExperts
+from moelten.kernels.hopper_schedule import block_of, make_variant, split_rows
+from moelten.kernels.triton import activation_arguments, on_device
+from moelten.packed import ACTIVATION_TABLE, PackedExperts
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
 
-_WORKSPACE_BYTES = 2 << 30
+if TYPE_CHECKING:
+    from moelten.kernels.triton_ops import Rows, TilePlan
 
 
 @dataclass(frozen=True)
@@ -69,38 +72,90 @@ class HopperBackend:
             )
         return reasons
 
-    def run(self, x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor) -> None:
+    def workspace_bytes(
+        self, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool = False
+    ) -> int:
+        return _workspace_bytes(spec, tokens, top_k, on_input)
+
+    def run(
+        self,
+        x: Tensor,
+        experts: PackedExperts,
+        routing: Routing,
+        out: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:
         spec = experts.spec
-        per_pair = 4 * (spec.intermediate_size + spec.hidden_size)
-        step = max(_WORKSPACE_BYTES // (per_pair * routing.top_k), 1)
-        with torch.cuda.device(x.device):
-            for start in range(0, x.shape[0], step):
-                part = slice(start, start + step)
-                chunk = Routing(routing.ids[part], routing.weights[part], routing.on_input)
-                _run_chunk(x[part], experts, chunk, out[part], self.operand)
+
+        def needed(tokens: int) -> int:
+            return _workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
+
+        for part, chunk, take in serve_chunks(routing, workspace, needed):
+            stages = _lay_out(take, spec, chunk.num_tokens, chunk.top_k, chunk.on_input)
+            with on_device(x.device):
+                _run_chunk(x[part], experts, chunk, stages, out[part])
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Where the stages of one chunk write: P pairs, valid or not.
+
+    inputs:  rows of the input by pair, [P]; None where GEMM1 reads x itself
+    hidden:  [1, P, I rounded up to 8], in the operand type
+    slots:   fp32 [rows, H], of which splits * P are used
+    """
+
+    plan: TilePlan
+    inputs: Rows | None
+    hidden: Tensor
+    slots: Tensor
+
+
+def _lay_out(take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> _Stages:
+    """Everything that a chunk of so many tokens needs beside its arguments."""
+    from moelten.kernels.triton_ops import empty_plan, empty_rows
+
+    fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
+    pairs, inputs = tokens * top_k, None
+    if on_input or "w13_pre_scale" in spec.extras:
+        inputs = empty_rows(take, pairs, hidden_size, fmt)
+    hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 8) * 8)
+    plan = empty_plan(take, pairs, spec.num_experts, block_of(pairs, spec.num_experts))
+    slots = take(torch.float32, split_rows(pairs, _row_tiles(hidden_size)), hidden_size)
+    return _Stages(plan, inputs, hidden, slots)
+
+
+@lru_cache(maxsize=4096)
+def _workspace_bytes(spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> int:
+    if tokens == 0:
+        return 0
+    arena = Arena()
+    _lay_out(arena.take, spec, tokens, top_k, on_input)
+    return arena.size
+
+
+def _row_tiles(rows: int) -> int:
+    return -(-rows // 64)
 
 
 def _run_chunk(
-    x: Tensor, experts: PackedExperts, routing: Routing, out: Tensor, operand: str
+    x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
 ) -> None:
     from moelten.kernels.hopper_gemm import grouped_gemm
     from moelten.kernels.hopper_plan import combine, plan_tiles
     from moelten.kernels.triton_epilogue import Epilogue
 
-    spec, extras, ids = experts.spec, experts.tensors, routing.ids
+    spec, extras, ids, plan = experts.spec, experts.tensors, routing.ids, stages.plan
     where = (spec.num_experts, spec.first_expert)
-    fmt, pairs = spec.scheme.weights, ids.numel()
+    fmt, operand, pairs = spec.scheme.weights, spec.scheme.activations.name, ids.numel()
     hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
-    block = block_of(pairs, spec.num_experts)
-    sizes = (storage(fmt, operand), block, pairs, spec.num_experts)
-    processors = _processors(x.device)
-    first = make_variant(*sizes, -(-halves * inter // 64), hidden, processors, may_split=False)
-    second = make_variant(*sizes, -(-hidden // 64), inter, processors, may_split=True)
+    sizes = (storage(fmt, operand), plan.block, pairs, spec.num_experts)
+    first = make_variant(*sizes, _row_tiles(halves * inter), hidden, may_split=False)
+    second = make_variant(*sizes, _row_tiles(hidden), inter, may_split=True)
     # NOTE: the plan is the first launch, so that GEMM2 may read it before it waits for GEMM1.
-    plan = plan_tiles(ids, *where, block)
-    rows, rows_per_source = _input_rows(x, experts, routing)
-    name, parameters = activation_arguments(spec.activation, x.device)
-    between = torch.empty(1, pairs, -(-inter // 8) * 8, dtype=x.dtype, device=x.device)
+    plan_tiles(ids, *where, plan)
+    rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
+    name, parameters = activation_arguments(spec.activation)
     grouped_gemm(
         rows,
         _matrix(experts, "w13"),
@@ -108,40 +163,49 @@ def _run_chunk(
         operand,
         (halves, inter, hidden),
         plan,
-        between,
+        stages.hidden,
         first,
         first=True,
         rows_per_source=rows_per_source,
-        epilogue=Epilogue(extras.get("w13_bias"), name, parameters, extras.get("w2_pre_scale")),
+        epilogue=Epilogue(
+            extras.get("w13_bias"),
+            name,
+            extras.get(ACTIVATION_TABLE, parameters),
+            extras.get("w2_pre_scale"),
+        ),
     )
-    y = torch.empty(second.splits, pairs, hidden, dtype=torch.float32, device=x.device)
+    slots = stages.slots[: second.splits * pairs].view(second.splits, pairs, hidden)
     grouped_gemm(
-        between,
+        stages.hidden,
         _matrix(experts, "w2"),
         fmt,
         operand,
         (1, hidden, inter),
         plan,
-        y,
+        slots,
         second,
         first=False,
         epilogue=Epilogue(
             extras.get("w2_bias"), router=None if routing.on_input else routing.weights
         ),
     )
-    combine(y, ids, *where, out)
+    combine(slots, ids, *where, out)
 
 
-def _input_rows(x: Tensor, experts: PackedExperts, routing: Routing) -> tuple[Tensor, int]:
+def _input_rows(
+    x: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None
+) -> tuple[Tensor, int]:
     """Rows of x, and how many pairs share each: top_k, unless pairs differ by expert."""
     from moelten.kernels.triton_ops import Pairs, quantize_rows
 
-    spec, pre = experts.spec, experts.tensors.get("w13_pre_scale")
-    if not routing.on_input and pre is None:
+    spec = experts.spec
+    if rows is None:
         return x, routing.top_k
     router = routing.weights if routing.on_input else None
+    pre = experts.tensors.get("w13_pre_scale")
     pairs = Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre)
-    return quantize_rows(x, spec.scheme.activations, pairs, by_token=True).data, 1
+    quantize_rows(x, spec.scheme.activations, pairs, by_token=True, rows=rows)
+    return rows.data, 1
 
 
 def _matrix(experts: PackedExperts, name: str) -> dict[str, Tensor]:
@@ -150,8 +214,3 @@ def _matrix(experts: PackedExperts, name: str) -> dict[str, Tensor]:
         for key, part in experts.tensors.items()
         if key.startswith(f"{name}.")
     }
-
-
-@lru_cache(maxsize=16)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

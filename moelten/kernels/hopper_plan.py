@@ -7,7 +7,6 @@ follow each other without overlap: the plan waits for all before it, as any kern
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,20 +18,17 @@ _SCAN = 1024
 _MAX_PAIRS = 8192
 
 
-def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, block: int) -> TilePlan:
-    """The plan of `triton_ops.make_tile_plan`, in one launch up to 8192 pairs."""
+def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
+    """What `triton_ops.make_tile_plan` writes to `plan`, in one launch up to 8192 pairs."""
     size = ids.numel()
     if size > _MAX_PAIRS:
-        return make_tile_plan(ids, num_experts, first_expert, block)
-    max_tiles = min(size, size // block + num_experts)
-    space = torch.empty(size + 3 * max_tiles + 1, dtype=torch.int32, device=ids.device)
-    pairs, tiles, count = space.split([size, 3 * max_tiles, 1])
+        make_tile_plan(ids, num_experts, first_expert, plan.block, plan)
+        return
     plan_kernel[(num_experts,)](
-        ids.contiguous(), pairs, tiles, count, size, num_experts, first_expert, max_tiles,
-        BLOCK=block, EXPERTS=triton.next_power_of_2(num_experts),
+        ids.contiguous(), plan.pairs, plan.tiles, plan.count, size, num_experts, first_expert,
+        plan.max_tiles, BLOCK=plan.block, EXPERTS=triton.next_power_of_2(num_experts),
         SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN),
     )  # fmt: skip
-    return TilePlan(pairs, tiles.view(3, max_tiles), count, block)
 
 
 @triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from moelten.kernels.hopper_codes import Storage
 
-# Programs per multiprocessor that keep enough bytes in flight, and columns worth a split of K.
-_WANTED_PROGRAMS = 4
+# Programs that keep enough bytes in flight on the 132 multiprocessors of a full part.
+_WANTED_PROGRAMS = 4 * 132
+# Columns worth a split of K, in steps of 256.
 _LEAST_STEPS = 4
 _MAX_SPLITS = 8
+_BLOCKS = (8, 16)
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,31 @@ def block_of(pairs: int, num_experts: int) -> int:
 
     Measured on H200: they break even near 5 pairs per expert.
     """
-    return 8 if pairs <= 5 * num_experts else 16
+    narrow, wide = _BLOCKS
+    return narrow if pairs <= 5 * num_experts else wide
 
 
 def make_variant(
     stored: Storage, block: int, pairs: int, num_experts: int, row_tiles: int, columns: int,
-    processors: int, *, may_split: bool,
+    *, may_split: bool,
 ) -> Variant:  # fmt: skip
     """The variant for a matrix of `row_tiles` tiles of 64 rows per expert, and its tokens."""
     active = num_experts * -math.expm1(pairs * math.log1p(-1 / max(num_experts, 2)))
-    programs = min(active, pairs) * row_tiles
+    programs = max(min(active, pairs), pairs / block) * row_tiles
     steps = -(-columns // 256)
     splits = 1
     if may_split:
-        wanted = math.ceil(_WANTED_PROGRAMS * processors / programs)
+        wanted = math.ceil(_WANTED_PROGRAMS / programs)
         splits = max(1, min(wanted, steps // _LEAST_STEPS, _MAX_SPLITS))
     return Variant(4, _registers(stored, block), splits)
+
+
+def split_rows(pairs: int, row_tiles: int) -> int:
+    """Rows that hold what all splits of `pairs` pairs bring; never fewer for more pairs.
+
+    (splits - 1) * pairs < wanted / programs * pairs, and programs >= pairs / block * row_tiles.
+    """
+    return pairs + min((_MAX_SPLITS - 1) * pairs, _WANTED_PROGRAMS * max(_BLOCKS) // row_tiles)
 
 
 def _registers(stored: Storage, block: int) -> int:

@@ -33,7 +33,7 @@ from moelten.layouts import ROW_TILES, swizzled_size
 _SMALL_PLAN = 128
 _SCAN = 8192
 # Room for tiles is reckoned with this, so that it never shrinks when tokens are added.
-_SMALLEST_BLOCK = 16
+_SMALLEST_BLOCK = 8
 
 
 @dataclass(frozen=True)
