@@ -21,31 +21,31 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton_targets import pretend  # noqa: E402
 
 import moelten  # noqa: E402
 from moelten import casts, packing, reference  # noqa: E402
 from moelten.activations import GPT_OSS  # noqa: E402
 from moelten.formats import scheme  # noqa: E402
-from moelten.kernels import triton_gemm, triton_variants  # noqa: E402
+from moelten.kernels import triton_gemm  # noqa: E402
 from moelten.kernels.triton_casts import scaled_dot  # noqa: E402
-from moelten.kernels.triton_variants import Target  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 MX = ("mxfp4_mxfp8", "mxfp8_mxfp8", "mxfp4_fp8", "mxfp4_fp8tensor")
-TARGETS = {"sm_100": Target("cuda", 100), "gfx950": Target("hip", "gfx950")}
-RUNS = [(target, name) for name in MX for target in TARGETS]
+RUNS = [(target, name) for name in MX for target in ("sm_100a", "gfx950")]
+RUNS += [("gfx950", "mxfp4_bf16"), ("gfx950", "mxfp8_bf16")]
 if INTERPRET:
     # Triton 3.6 cannot decode scales of 16 columns on GPUs without the instruction.
-    RUNS += [("sm_100", "nvfp4_nvfp4"), ("sm_100", "nvfp4_nvfp4t")]
+    RUNS += [("sm_100a", "nvfp4_nvfp4"), ("sm_100a", "nvfp4_nvfp4t")]
 
 
 @pytest.fixture(params=RUNS, ids="-".join)
 def name(request, monkeypatch):
     """A scheme, on a target that multiplies its blocks; the other GEMM is out of reach."""
     target, name = request.param
-    monkeypatch.setattr(triton_variants, "current_target", lambda: TARGETS[target])
+    pretend(monkeypatch, target)
     monkeypatch.setattr(triton_gemm, "gemm_kernel", None)
     return name
 
@@ -128,8 +128,7 @@ def test_more_than_one_tile_of_tokens(name):
 
 
 def test_partial_group_of_scales(monkeypatch):
-    monkeypatch.setattr(triton_variants, "current_target", lambda: TARGETS["sm_100"])
-    monkeypatch.setattr(triton_gemm, "gemm_kernel", None)
+    pretend(monkeypatch, "sm_100a")
     check(Case(scheme("mxfp8_mxfp8"), 3, 144, 80, tokens=5, top_k=2))
 
 

@@ -152,7 +152,7 @@ def _lay_out(take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bo
     hidden = take(fmt.data_dtype if plain else torch.float32, pairs, inter)
     if not as_is:
         rows = triton_ops.empty_rows(take, pairs, inter, fmt, dtype=dtype)
-    block = block_m(pairs, spec.num_experts)
+    block = block_m(pairs, spec.num_experts, current_target())
     plan = triton_ops.empty_plan(take, pairs, spec.num_experts, block)
     return _Stages(plan, inputs, hidden, rows, take(torch.float32, pairs, hidden_size))
 
@@ -221,7 +221,7 @@ def _run_chunk(
 def _plan(spec: ExpertSpec, routing: Routing, plan: TilePlan | None = None) -> TilePlan:
     from moelten.kernels.triton_ops import make_tile_plan
 
-    block = block_m(routing.ids.numel(), spec.num_experts)
+    block = block_m(routing.ids.numel(), spec.num_experts, current_target())
     return make_tile_plan(routing.ids, *_local(spec), block, plan)
 
 

@@ -36,14 +36,13 @@ def scaled_dot(
 ):  # fmt: skip
     """acc + (a * a_scale) @ (b * b_scale).T, by the instructions that multiply blocks' scales in.
 
-    a, b:    bytes [rows, K] of e4m3 codes, or [rows, K / 2] of e2m1 pairs
-    scales:  bytes [rows, K / 32] of e8m0, or [rows, K / 16] of e4m3, as SCALE says
+    a, b:    bytes [rows, K] of e4m3 codes, or [rows, K / 2] of e2m1 pairs; b may be bf16
+    scales:  bytes [rows, K / 32] of e8m0, or [rows, K / 16] of e4m3, as SCALE says; None for bf16
     """
     if INTERPRET:
         wide = _decode_blocks(a, a_scale, A_CODES, SCALE)
-        return acc + tl.dot(
-            wide, tl.trans(_decode_blocks(b, b_scale, B_CODES, SCALE)), input_precision="ieee"
-        )
+        other = widen(b) if B_CODES == "bf16" else _decode_blocks(b, b_scale, B_CODES, SCALE)
+        return acc + tl.dot(wide, tl.trans(other), input_precision="ieee")
     else:
         if SCALE == "e4m3":
             # The type tells the kinds of scales apart.

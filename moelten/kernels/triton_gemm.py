@@ -62,7 +62,7 @@ def grouped_gemm(
     tiles_n = triton.cdiv(height, variant.block_n)
     table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
     alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
-    launch = {} if INTERPRET else {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    launch = {} if INTERPRET else variant.launch
     kernel = scaled_gemm_kernel if variant.block_scaled else gemm_kernel
     zero = () if variant.block_scaled else (matrix.zero,)
     kernel[(plan.max_tiles * tiles_n,)](
@@ -398,7 +398,7 @@ def _gemm_tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit"])
+@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit", "rows_per_source"])
 def gemm_kernel(
     w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
     pairs_ptr, tiles_ptr, count_ptr, max_tiles,

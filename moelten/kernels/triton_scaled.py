@@ -2,9 +2,10 @@
 
     acc[n, r] = sum over k of w[expert of r, n, k] * a[r, k]
 
-Codes and scales reach the matrix unit as they are stored; nothing is decoded. Blackwell's takes 128
-rows at once, so rows of both halves take turns in one operand, gate, up, gate, up, and part again
-in the epilogue, which is that of `triton_gemm`.
+Codes and scales reach the matrix unit as they are stored; nothing is decoded. (CDNA4 converts to
+bf16 by block too, for bf16 activations.) Blackwell's unit takes 128 rows at once, so rows of both
+halves take turns in one operand, gate, up, gate, up, and part again in the epilogue, which is that
+of `triton_gemm`.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def scaled_constants(variant: Variant) -> dict[str, object]:
 
 
 @triton.jit
-def _bytes(pointer, row, inside, start, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
-    """Bytes start .. start + WIDTH - 1 of rows of LENGTH that begin at `row`; outside, zeros.
+def _load(pointer, row, inside, start, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    """Items start .. start + WIDTH - 1 of rows of LENGTH that begin at `row`; outside, zeros.
 
     Zero codes under a zero scale byte, which is 2**-127 or 0, add nothing.
     """
@@ -38,7 +39,7 @@ def _bytes(pointer, row, inside, start, LENGTH: tl.constexpr, WIDTH: tl.constexp
     return tl.load(pointer + row[:, None] + column[None, :], mask=mask, other=0)
 
 
-@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit"])
+@triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit", "rows_per_source"])
 def scaled_gemm_kernel(
     w_ptr, w_scale_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
     pairs_ptr, tiles_ptr, count_ptr, max_tiles,
@@ -84,15 +85,17 @@ def scaled_gemm_kernel(
 
     acc = tl.zeros((2 * PART, BLOCK_M), tl.float32)
     for start in range(0, K, BLOCK_K):
-        w = _bytes(
+        w = _load(
             w_ptr, w_row * (K // PER_W), inside_r, start // PER_W, K // PER_W, BLOCK_K // PER_W
         )
-        a = _bytes(
+        a = _load(
             a_ptr, a_row * (K // PER_A), inside_m, start // PER_A, K // PER_A, BLOCK_K // PER_A
         )
-        w_scale = _bytes(w_scale_ptr, w_row * GROUPS, inside_r, start // GROUP, GROUPS, STEP)
+        w_scale = _load(w_scale_ptr, w_row * GROUPS, inside_r, start // GROUP, GROUPS, STEP)
         if A_MODE == "dot":
-            a_scale = _bytes(a_scale_ptr, a_row * GROUPS, inside_m, start // GROUP, GROUPS, STEP)
+            a_scale = _load(a_scale_ptr, a_row * GROUPS, inside_m, start // GROUP, GROUPS, STEP)
+        elif A_CODES == "bf16":
+            a_scale = None
         else:
             # Ones: Blackwell's instruction cannot do without.
             a_scale = tl.full((BLOCK_M, STEP), 127, tl.uint8)

@@ -45,25 +45,32 @@ class Target:
             return int(self.arch) >= 100
         return self.native_fp8
 
+    @property
+    def measured(self) -> bool:
+        """Whether tiles were chosen by measurement; the interpreter runs all that were."""
+        return self.backend == "interpreter" or (self.backend == "cuda" and self.arch == 90)
+
     def multiplies_blocks(self, weights: Format, activations: Format) -> bool:
-        """Whether a matrix instruction takes both codes and their blocks' scales."""
+        """Whether instructions take the weights' codes and their blocks' scales as they are."""
         blackwell = self.backend == "cuda" and int(self.arch) // 10 == 10
+        cdna4 = self.backend == "hip" and str(self.arch).startswith("gfx950")
         if isinstance(weights, NVFP4):
             # NOTE: Blackwell's e4m3 scales have no sign; no quantizer makes negative ones.
             # AMD's has e8m0 scales for 32 columns only.
             return blackwell and isinstance(activations, NVFP4)
-        if not (blackwell or (self.backend == "hip" and str(self.arch).startswith("gfx950"))):
+        if not (blackwell or cdna4) or not isinstance(weights, MXFP4 | MXFP8):
             return False
         # A scale per token is constant along K: those activations enter the product unscaled.
         by_token = isinstance(activations, FP8) and activations.block[1] is None
-        return isinstance(weights, MXFP4 | MXFP8) and (isinstance(activations, MXFP8) or by_token)
+        # CDNA4 converts by block to bf16: 231 instructions in the loop of 16 tokens, not 987.
+        return isinstance(activations, MXFP8) or by_token or (cdna4 and activations == BF16)
 
 
 @dataclass(frozen=True)
 class Side:
     """How one operand is stored and scaled.
 
-    codes:     "float", "int4", "e2m1", "int8" or "e4m3"
+    codes:     "float", "int4", "e2m1", "int8" or "e4m3"; "bf16" beside operands in blocks
     scale:     "float", "e8m0" or "e4m3"
     mode:      "none"; "row": constant along K; "group": scales each group's product; "fold":
                multiplies the codes; "dot": the matrix instruction multiplies by it
@@ -85,6 +92,7 @@ class Variant:
     operand:       type of what matrix instructions take, "blocks" for codes with blocks' scales
     block_n:       rows of the matrix in a tile, of each half
     tokens_left:   whether tokens are the matrix instruction's left operand, else weights
+    max_registers: of a thread, if the compiler is not to choose
     """
 
     weights: Side
@@ -97,6 +105,13 @@ class Variant:
     num_warps: int
     num_stages: int
     tokens_left: bool = False
+    max_registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of Triton's compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | ({"maxnreg": self.max_registers} if self.max_registers else {})
 
     @property
     def decodes_words(self) -> bool:
@@ -120,11 +135,15 @@ def current_target() -> Target:
     return Target(found.backend, found.arch)
 
 
-def block_m(pairs: int, num_experts: int) -> int:
-    """Pairs per tile: a power of two, 16..128, that the pairs of most experts fit."""
+def block_m(pairs: int, num_experts: int, target: Target) -> int:
+    """Pairs per tile: a power of two, 16..128, that the pairs of most experts fit.
+
+    Where nothing was measured, 16 or 64: every size is one more compilation of every GEMM.
+    """
     mean = pairs / num_experts
     most = math.ceil(mean + 1.5 * math.sqrt(mean))
-    return min(max(1 << (most - 1).bit_length(), 16), 128)
+    size = min(max(1 << (most - 1).bit_length(), 16), 128)
+    return size if target.measured else 16 if size == 16 else 64
 
 
 def row_dtype(weights: Format, activations: Format, target: Target) -> torch.dtype | None:
@@ -195,14 +214,18 @@ def _tile(
         # Its cost is the number of operations, whatever their size.
         tile = {"block_n": 128, "block_k": 128, "num_warps": 4, "num_stages": 1}
         return tile | {"tokens_left": tokens >= 64}
+    if not target.measured:
+        # Few registers to a thread: none may spill.
+        tile = {"block_n": 64 // halves, "block_k": 64, "num_warps": 4 if tokens < 64 else 8}
+        if operand == "fp32" and tokens >= 64:
+            tile["block_k"] = 16
+        if target.backend == "hip":
+            return tile | {"num_stages": 2}
+        # NOTE: without a limit ptxas spills a register or two to fit another block.
+        return tile | {"num_stages": 3, "max_registers": 255}
     grouped = "group" in (sides[0].mode, sides[1].mode)
-    before_hopper = target.backend == "cuda" and int(target.arch) < 90
-    # Scales of rows are cheap beside the left operand, of which a thread has few rows; and where
-    # both operands' fragments are in registers, two accumulators leave room for few.
-    weights_left = grouped and (
-        before_hopper or (sides[0].mode, sides[0].row_block) == ("group", 1)
-    )
-    if tokens < 64 or weights_left:
+    # Scales of rows are cheap beside the left operand, of which a thread has few rows.
+    if tokens < 64 or (grouped and (sides[0].mode, sides[0].row_block) == ("group", 1)):
         # Short codes are decoded from registers: more rows share the tokens' tile.
         many = sides[0].codes in ("int4", "e2m1") and tokens < 64 and not few
         tile = {"block_n": (128 if many else 64) // halves, "num_warps": 4}
@@ -215,15 +238,10 @@ def _tile(
         # Two of these fit a multiprocessor: one multiplies while the other decodes.
         tile = {"block_n": 128 // halves, "block_k": 64, "num_warps": 4, "num_stages": 3}
         tile["tokens_left"] = True
-        hopper = target.backend == "cuda" and int(target.arch) == 90
-        if tokens == 128 and (grouped or operand == "fp32" or not hopper):
+        if tokens == 128 and (grouped or operand == "fp32"):
             tile["num_warps"] = 8
-            if hopper and grouped and operand == "fp16":
+            if grouped and operand == "fp16":
                 tile["block_k"] = 128
-        if before_hopper:
-            tile["block_k"] = 32
-    if target.backend == "hip":
-        tile["num_stages"] = 2
     return tile
 
 
@@ -231,8 +249,10 @@ def _block_scaled(sides: tuple[Side, Side], target: Target, tokens: int, halves:
     # Blackwell's instruction demands 128 rows: of both halves, where there are two.
     block_n, num_stages = (128 // halves, 3) if target.backend == "cuda" else (64, 2)
     num_warps = 8 if tokens >= 64 else 4
-    # 128 bytes of a row where both operands hold e2m1.
+    # Each operand's rows in 128 bytes, where there are registers for it.
     block_k = 256 if sides[0].codes == sides[1].codes == "e2m1" else 128
+    if sides[1].codes == "bf16" and tokens >= 64:
+        block_k = 64
     return Variant(*sides, "blocks", True, "ieee", block_n, block_k, num_warps, num_stages)
 
 
@@ -260,7 +280,7 @@ def _folds_in_fp16(fmt: Format) -> bool:
 
 def _side(fmt: Format, operand: str) -> Side:
     if isinstance(fmt, Float):
-        return Side("float")
+        return Side(fmt.name if operand == "blocks" else "float")
     scale = {torch.uint8: "e8m0", torch.float8_e4m3fn: "e4m3"}.get(fmt.scale_dtype, "float")  # type: ignore[arg-type]
     rows, group = fmt.block
     if isinstance(fmt, MXFP4 | MXFP8 | NVFP4):
