@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 import moelten  # noqa: E402
 from moelten import reference  # noqa: E402
 from moelten.formats import scheme  # noqa: E402
+from moelten.kernels import arena  # noqa: E402
 from moelten.kernels import triton as backend_file  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
 
@@ -117,9 +118,9 @@ def test_less_room_means_more_chunks(name, monkeypatch):
 def test_without_one_the_backend_bounds_itself(monkeypatch):
     _, experts, x, routing = make("mxfp4_bf16", tokens=3)
     wanted = run(experts, x, routing, filled(needed(experts, 2)))
-    monkeypatch.setattr(backend_file, "_OWN_BYTES", needed(experts, 2))
+    monkeypatch.setattr(arena, "_OWN_BYTES", needed(experts, 2))
     assert torch.equal(run(experts, x, routing), wanted)
-    monkeypatch.setattr(backend_file, "_OWN_BYTES", 1)
+    monkeypatch.setattr(arena, "_OWN_BYTES", 1)
     alone = run(experts, x, routing, filled(needed(experts, 1)))
     assert torch.equal(run(experts, x, routing), alone)
 

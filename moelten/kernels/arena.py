@@ -96,12 +96,18 @@ def serve_chunks(
     workspace: uint8 on the routing's device; None allocates one of at most 2 GiB
     needed:    as for `chunk_tokens`
     """
-    limit = max(_OWN_BYTES, needed(1)) if workspace is None else workspace.numel()
-    step = chunk_tokens(routing.num_tokens, limit, needed)
     if workspace is None:
+        step = own_chunk(routing.num_tokens, needed)
         workspace = torch.empty(needed(step), dtype=torch.uint8, device=routing.ids.device)
+    else:
+        step = chunk_tokens(routing.num_tokens, workspace.numel(), needed)
     for part, chunk in split_tokens(routing, step):
         yield part, chunk, Arena(workspace).take
+
+
+def own_chunk(tokens: int, needed: Callable[[int], int]) -> int:
+    """How many tokens run at once where the caller gives no workspace."""
+    return chunk_tokens(tokens, max(_OWN_BYTES, needed(1)), needed)
 
 
 def split_tokens(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]:

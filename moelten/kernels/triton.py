@@ -8,7 +8,7 @@ nothing waits for the device, so a CUDA graph captures it. Triton is imported wh
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moelten.activations import GELU, Activation, GeGLU, Identity, ReGLU, ReLU2, SiLU, SwiGLU
 from moelten.formats import Float
-from moelten.kernels.arena import Arena, Take, chunk_tokens
+from moelten.kernels.arena import Arena, Take, own_chunk, serve_chunks, split_tokens
 from moelten.kernels.cpu import RowsLayout
 from moelten.kernels.triton_variants import block_m, current_target, row_dtype
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
@@ -31,8 +31,6 @@ from moelten.weights import ExpertSpec
 if TYPE_CHECKING:
     from moelten.kernels.triton_ops import Rows, TilePlan
 
-# What a call without a workspace takes at most, unless one token needs more.
-_OWN_BYTES = 2 << 30
 _ACTIVATIONS: dict[type[Activation], str] = {
     SwiGLU: "swiglu",
     GeGLU: "geglu",
@@ -85,19 +83,14 @@ class TritonBackend:
         workspace: Tensor | None = None,
     ) -> None:
         spec = experts.spec
-        step = _step(spec, routing, None if workspace is None else workspace.numel())
-        if workspace is None:
-            size = _workspace_bytes(spec, step, routing.top_k, routing.on_input)
-            workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        for part, chunk in _chunks(routing, step):
-            take = Arena(workspace).take
+        for part, chunk, take in serve_chunks(routing, workspace, _needs(spec, routing)):
             stages = _lay_out(take, spec, chunk.num_tokens, chunk.top_k, chunk.on_input)
             with on_device(x.device):
                 _run_chunk(x[part], experts, chunk, stages, out[part])
 
     def gemm1(self, x: Tensor, experts: PackedExperts, routing: Routing, hidden: Tensor) -> None:
         """`stages.gemm1`, into hidden [T, k, I] of zeros."""
-        for part, chunk in _chunks(routing, _step(experts.spec, routing)):
+        for part, chunk in _chunks(experts.spec, routing):
             with on_device(x.device):
                 rows, per_source = _input_rows(x[part], experts, chunk)
                 _gemm1(rows, per_source, experts, _plan(experts.spec, chunk), hidden[part])
@@ -106,7 +99,7 @@ class TritonBackend:
         self, hidden: Tensor, experts: PackedExperts, routing: Routing, slots: Tensor
     ) -> None:
         """`stages.gemm2`, into slots [T, k, H] of zeros."""
-        for part, chunk in _chunks(routing, _step(experts.spec, routing)):
+        for part, chunk in _chunks(experts.spec, routing):
             with on_device(hidden.device):
                 rows = _hidden_rows(hidden[part].flatten(0, 1), experts, chunk)
                 _gemm2(rows, experts, chunk, _plan(experts.spec, chunk), slots[part])
@@ -166,21 +159,15 @@ def _workspace_bytes(spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) 
     return arena.size
 
 
-def _step(spec: ExpertSpec, routing: Routing, limit: int | None = None) -> int:
-    """Tokens per chunk, for `limit` bytes or the backend's own bound."""
-
-    def needed(tokens: int) -> int:
-        return _workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
-
-    return chunk_tokens(
-        routing.num_tokens, max(_OWN_BYTES, needed(1)) if limit is None else limit, needed
-    )
+def _needs(spec: ExpertSpec, routing: Routing) -> Callable[[int], int]:
+    """The bytes that some of a call's tokens take."""
+    return lambda tokens: _workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
 
 
-def _chunks(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]:
-    for start in range(0, routing.num_tokens, step):
-        part = slice(start, start + step)
-        yield part, Routing(routing.ids[part], routing.weights[part], routing.on_input)
+def _chunks(spec: ExpertSpec, routing: Routing) -> Iterator[tuple[slice, Routing]]:
+    """The token ranges of a call that allocates for itself."""
+    needed = _needs(spec, routing)
+    return split_tokens(routing, own_chunk(routing.num_tokens, needed))
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
