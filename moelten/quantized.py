@@ -102,7 +102,7 @@ def _by_triton(x: Tensor, fmt: Format, scale: Tensor | None, scale_layout: str) 
             "quantize_activations on a GPU needs Triton: pip install 'moelten[triton]'; "
             "moelten.quantize does without"
         )
-    from moelten.kernels.triton import on_device
+    from moelten.kernels.arena import on_device
     from moelten.kernels.triton_ops import quantize_rows
 
     with on_device(x.device):

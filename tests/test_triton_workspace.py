@@ -22,7 +22,7 @@ import moelten  # noqa: E402
 from moelten import reference  # noqa: E402
 from moelten.formats import scheme  # noqa: E402
 from moelten.kernels import arena  # noqa: E402
-from moelten.kernels import triton as backend_file  # noqa: E402
+from moelten.kernels.triton import TritonBackend  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -85,13 +85,13 @@ def test_less_room_means_more_chunks(name, monkeypatch):
     tokens = 3 if INTERPRET else 90
     weights, experts, x, routing = make(name, tokens)
     sizes = []
-    inner = backend_file._run_chunk
+    inner = TritonBackend.run_chunk
 
-    def counted(x, *rest):
+    def counted(self, x, *rest):
         sizes.append(x.shape[0])
-        return inner(x, *rest)
+        return inner(self, x, *rest)
 
-    monkeypatch.setattr(backend_file, "_run_chunk", counted)
+    monkeypatch.setattr(TritonBackend, "run_chunk", counted)
     expected = reference.moe(x.cpu(), weights, Routing(routing.ids.cpu(), routing.weights.cpu()))
 
     def split(most: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from triton.backends.compiler import GPUTarget
 
+from moelten.kernels import arena
 from moelten.kernels import triton as backend
 from moelten.kernels.triton_variants import Target
 
@@ -21,4 +22,4 @@ def pretend(patch: pytest.MonkeyPatch, target: str) -> None:
     """Until the patch is undone, layers launch what they launch on that GPU."""
     patch.setattr(backend, "current_target", lambda: TARGETS[target][0])
     # Its cache knows one target only.
-    patch.setattr(backend, "_workspace_bytes", backend._workspace_bytes.__wrapped__)
+    patch.setattr(arena, "_measure", arena._measure.__wrapped__)

@@ -8,14 +8,19 @@ what `workspace_bytes` says cannot drift from what a call uses.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moelten.errors import FormatError
+from moelten.packed import PackedExperts
 from moelten.routing import Routing
+from moelten.weights import ExpertSpec
 
 # No access of any GPU wants more, tensor maps included.
 ALIGNMENT = 256
@@ -88,30 +93,73 @@ def chunk_tokens(tokens: int, limit: int, needed: Callable[[int], int]) -> int:
     return -(-tokens // -(-tokens // fits))
 
 
-def serve_chunks(
-    routing: Routing, workspace: Tensor | None, needed: Callable[[int], int]
-) -> Iterator[tuple[slice, Routing, Take]]:
-    """The token ranges that run at once, with their routing and their memory, reused by each.
-
-    workspace: uint8 on the routing's device; None allocates one of at most 2 GiB
-    needed:    as for `chunk_tokens`
-    """
-    if workspace is None:
-        step = own_chunk(routing.num_tokens, needed)
-        workspace = torch.empty(needed(step), dtype=torch.uint8, device=routing.ids.device)
-    else:
-        step = chunk_tokens(routing.num_tokens, workspace.numel(), needed)
-    for part, chunk in split_tokens(routing, step):
-        yield part, chunk, Arena(workspace).take
-
-
-def own_chunk(tokens: int, needed: Callable[[int], int]) -> int:
-    """How many tokens run at once where the caller gives no workspace."""
-    return chunk_tokens(tokens, max(_OWN_BYTES, needed(1)), needed)
-
-
 def split_tokens(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]:
     """Ranges of up to `step` tokens, with the routing of each."""
     for start in range(0, routing.num_tokens, step):
         part = slice(start, start + step)
         yield part, Routing(routing.ids[part], routing.weights[part], routing.on_input)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Launch there: Triton launches on torch's current GPU, whichever holds the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class ArenaBackend(ABC):
+    """The part of a GPU backend that gives its launches their memory: as many tokens as fit."""
+
+    @abstractmethod
+    def lay_out(self, take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> Any:
+        """Everything that a chunk of so many tokens needs beside its arguments."""
+
+    @abstractmethod
+    def run_chunk(
+        self, x: Tensor, experts: PackedExperts, routing: Routing, stages: Any, out: Tensor
+    ) -> None:
+        """Write out [T, H]; stages: from `lay_out` for the same sizes."""
+
+    def workspace_bytes(
+        self, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool = False
+    ) -> int:
+        return _measure(self, spec, tokens, top_k, on_input)
+
+    def run(
+        self,
+        x: Tensor,
+        experts: PackedExperts,
+        routing: Routing,
+        out: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:
+        spec = experts.spec
+        if workspace is None:
+            step = self.own_chunk(spec, routing)
+            size = self.workspace_bytes(spec, step, routing.top_k, routing.on_input)
+            workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        else:
+            needed = self._needs(spec, routing)
+            step = chunk_tokens(routing.num_tokens, workspace.numel(), needed)
+        for part, chunk in split_tokens(routing, step):
+            take, size = Arena(workspace).take, chunk.num_tokens
+            stages = self.lay_out(take, spec, size, chunk.top_k, chunk.on_input)
+            with on_device(x.device):
+                self.run_chunk(x[part], experts, chunk, stages, out[part])
+
+    def own_chunk(self, spec: ExpertSpec, routing: Routing) -> int:
+        """How many tokens run at once where the caller gives no workspace."""
+        needed = self._needs(spec, routing)
+        return chunk_tokens(routing.num_tokens, max(_OWN_BYTES, needed(1)), needed)
+
+    def _needs(self, spec: ExpertSpec, routing: Routing) -> Callable[[int], int]:
+        return lambda tokens: self.workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
+
+
+@lru_cache(maxsize=4096)
+def _measure(
+    backend: ArenaBackend, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool
+) -> int:
+    if tokens == 0:
+        return 0
+    arena = Arena()
+    backend.lay_out(arena.take, spec, tokens, top_k, on_input)
+    return arena.size

@@ -9,7 +9,6 @@ Triton is imported when a layer runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -18,11 +17,11 @@ from torch import Tensor
 
 from moelten.errors import UnsupportedError
 from moelten.formats import Float
-from moelten.kernels.arena import Arena, Take, serve_chunks
+from moelten.kernels.arena import ArenaBackend, Take
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_layout import HopperLayout
 from moelten.kernels.hopper_schedule import block_of, make_variant, split_rows
-from moelten.kernels.triton import activation_arguments, on_device
+from moelten.kernels.triton import activation_arguments
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class HopperBackend:
+class HopperBackend(ArenaBackend):
     """One type of operands, "bf16" or "fp16": that of the activations."""
 
     operand: str = "bf16"
@@ -72,28 +71,73 @@ class HopperBackend:
             )
         return reasons
 
-    def workspace_bytes(
-        self, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool = False
-    ) -> int:
-        return _workspace_bytes(spec, tokens, top_k, on_input)
+    def lay_out(
+        self, take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool
+    ) -> _Stages:
+        """Everything that a chunk of so many tokens needs beside its arguments."""
+        from moelten.kernels.triton_ops import empty_plan, empty_rows
 
-    def run(
-        self,
-        x: Tensor,
-        experts: PackedExperts,
-        routing: Routing,
-        out: Tensor,
-        workspace: Tensor | None = None,
+        fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
+        pairs, inputs = tokens * top_k, None
+        if on_input or "w13_pre_scale" in spec.extras:
+            inputs = empty_rows(take, pairs, hidden_size, fmt)
+        hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 8) * 8)
+        plan = empty_plan(take, pairs, spec.num_experts, block_of(pairs, spec.num_experts))
+        slots = take(torch.float32, split_rows(pairs, _row_tiles(hidden_size)), hidden_size)
+        return _Stages(plan, inputs, hidden, slots)
+
+    def run_chunk(
+        self, x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
     ) -> None:
-        spec = experts.spec
+        from moelten.kernels.hopper_gemm import grouped_gemm
+        from moelten.kernels.hopper_plan import combine, plan_tiles
+        from moelten.kernels.triton_epilogue import Epilogue
 
-        def needed(tokens: int) -> int:
-            return _workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
-
-        for part, chunk, take in serve_chunks(routing, workspace, needed):
-            stages = _lay_out(take, spec, chunk.num_tokens, chunk.top_k, chunk.on_input)
-            with on_device(x.device):
-                _run_chunk(x[part], experts, chunk, stages, out[part])
+        spec, extras, ids, plan = experts.spec, experts.tensors, routing.ids, stages.plan
+        where = (spec.num_experts, spec.first_expert)
+        fmt, operand, pairs = spec.scheme.weights, spec.scheme.activations.name, ids.numel()
+        hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
+        sizes = (storage(fmt, operand), plan.block, pairs, spec.num_experts)
+        first = make_variant(*sizes, _row_tiles(halves * inter), hidden, may_split=False)
+        second = make_variant(*sizes, _row_tiles(hidden), inter, may_split=True)
+        # NOTE: the plan is the first launch, so that GEMM2 may read it before it waits for GEMM1.
+        plan_tiles(ids, *where, plan)
+        rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
+        name, parameters = activation_arguments(spec.activation)
+        grouped_gemm(
+            rows,
+            _matrix(experts, "w13"),
+            fmt,
+            operand,
+            (halves, inter, hidden),
+            plan,
+            stages.hidden,
+            first,
+            first=True,
+            rows_per_source=rows_per_source,
+            epilogue=Epilogue(
+                extras.get("w13_bias"),
+                name,
+                extras.get(ACTIVATION_TABLE, parameters),
+                extras.get("w2_pre_scale"),
+            ),
+        )
+        slots = stages.slots[: second.splits * pairs].view(second.splits, pairs, hidden)
+        grouped_gemm(
+            stages.hidden,
+            _matrix(experts, "w2"),
+            fmt,
+            operand,
+            (1, hidden, inter),
+            plan,
+            slots,
+            second,
+            first=False,
+            epilogue=Epilogue(
+                extras.get("w2_bias"), router=None if routing.on_input else routing.weights
+            ),
+        )
+        combine(slots, ids, *where, out)
 
 
 @dataclass(frozen=True)
@@ -111,85 +155,8 @@ class _Stages:
     slots: Tensor
 
 
-def _lay_out(take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> _Stages:
-    """Everything that a chunk of so many tokens needs beside its arguments."""
-    from moelten.kernels.triton_ops import empty_plan, empty_rows
-
-    fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
-    pairs, inputs = tokens * top_k, None
-    if on_input or "w13_pre_scale" in spec.extras:
-        inputs = empty_rows(take, pairs, hidden_size, fmt)
-    hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 8) * 8)
-    plan = empty_plan(take, pairs, spec.num_experts, block_of(pairs, spec.num_experts))
-    slots = take(torch.float32, split_rows(pairs, _row_tiles(hidden_size)), hidden_size)
-    return _Stages(plan, inputs, hidden, slots)
-
-
-@lru_cache(maxsize=4096)
-def _workspace_bytes(spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> int:
-    if tokens == 0:
-        return 0
-    arena = Arena()
-    _lay_out(arena.take, spec, tokens, top_k, on_input)
-    return arena.size
-
-
 def _row_tiles(rows: int) -> int:
     return -(-rows // 64)
-
-
-def _run_chunk(
-    x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
-) -> None:
-    from moelten.kernels.hopper_gemm import grouped_gemm
-    from moelten.kernels.hopper_plan import combine, plan_tiles
-    from moelten.kernels.triton_epilogue import Epilogue
-
-    spec, extras, ids, plan = experts.spec, experts.tensors, routing.ids, stages.plan
-    where = (spec.num_experts, spec.first_expert)
-    fmt, operand, pairs = spec.scheme.weights, spec.scheme.activations.name, ids.numel()
-    hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
-    sizes = (storage(fmt, operand), plan.block, pairs, spec.num_experts)
-    first = make_variant(*sizes, _row_tiles(halves * inter), hidden, may_split=False)
-    second = make_variant(*sizes, _row_tiles(hidden), inter, may_split=True)
-    # NOTE: the plan is the first launch, so that GEMM2 may read it before it waits for GEMM1.
-    plan_tiles(ids, *where, plan)
-    rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
-    name, parameters = activation_arguments(spec.activation)
-    grouped_gemm(
-        rows,
-        _matrix(experts, "w13"),
-        fmt,
-        operand,
-        (halves, inter, hidden),
-        plan,
-        stages.hidden,
-        first,
-        first=True,
-        rows_per_source=rows_per_source,
-        epilogue=Epilogue(
-            extras.get("w13_bias"),
-            name,
-            extras.get(ACTIVATION_TABLE, parameters),
-            extras.get("w2_pre_scale"),
-        ),
-    )
-    slots = stages.slots[: second.splits * pairs].view(second.splits, pairs, hidden)
-    grouped_gemm(
-        stages.hidden,
-        _matrix(experts, "w2"),
-        fmt,
-        operand,
-        (1, hidden, inter),
-        plan,
-        slots,
-        second,
-        first=False,
-        epilogue=Epilogue(
-            extras.get("w2_bias"), router=None if routing.on_input else routing.weights
-        ),
-    )
-    combine(slots, ids, *where, out)
 
 
 def _input_rows(

@@ -8,10 +8,7 @@ nothing waits for the device, so a CUDA graph captures it. Triton is imported wh
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +17,7 @@ from torch import Tensor
 
 from moelten.activations import GELU, Activation, GeGLU, Identity, ReGLU, ReLU2, SiLU, SwiGLU
 from moelten.formats import Float
-from moelten.kernels.arena import Arena, Take, own_chunk, serve_chunks, split_tokens
+from moelten.kernels.arena import ArenaBackend, Take, on_device, split_tokens
 from moelten.kernels.cpu import RowsLayout
 from moelten.kernels.triton_variants import block_m, current_target, row_dtype
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
@@ -42,7 +39,7 @@ _ACTIVATIONS: dict[type[Activation], str] = {
 }
 
 
-class TritonBackend:
+class TritonBackend(ArenaBackend):
     name = "triton"
     layout = RowsLayout()
     devices = ("cuda", "cpu")
@@ -69,28 +66,47 @@ class TritonBackend:
             reasons.append(f"has no {type(spec.activation).__name__}")
         return reasons
 
-    def workspace_bytes(
-        self, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool = False
-    ) -> int:
-        return _workspace_bytes(spec, tokens, top_k, on_input)
+    def lay_out(
+        self, take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool
+    ) -> _Stages:
+        """Everything that a chunk of so many tokens needs beside its arguments."""
+        from moelten.kernels import triton_ops
 
-    def run(
-        self,
-        x: Tensor,
-        experts: PackedExperts,
-        routing: Routing,
-        out: Tensor,
-        workspace: Tensor | None = None,
+        fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
+        pairs, dtype = tokens * top_k, _row_dtype(spec)
+        plain = isinstance(fmt, Float)
+        as_is = plain and dtype is None
+        inputs = rows = None
+        if _by_pair(spec, on_input):
+            inputs = triton_ops.empty_rows(take, pairs, hidden_size, fmt, dtype=dtype)
+        elif not as_is:
+            inputs = triton_ops.empty_rows(take, tokens, hidden_size, fmt, dtype=dtype)
+        hidden = take(fmt.data_dtype if plain else torch.float32, pairs, inter)
+        if not as_is:
+            rows = triton_ops.empty_rows(take, pairs, inter, fmt, dtype=dtype)
+        block = block_m(pairs, spec.num_experts, current_target())
+        plan = triton_ops.empty_plan(take, pairs, spec.num_experts, block)
+        return _Stages(plan, inputs, hidden, rows, take(torch.float32, pairs, hidden_size))
+
+    def run_chunk(
+        self, x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
     ) -> None:
-        spec = experts.spec
-        for part, chunk, take in serve_chunks(routing, workspace, _needs(spec, routing)):
-            stages = _lay_out(take, spec, chunk.num_tokens, chunk.top_k, chunk.on_input)
-            with on_device(x.device):
-                _run_chunk(x[part], experts, chunk, stages, out[part])
+        from moelten.kernels import triton_ops
+
+        plan = _plan(experts.spec, routing, stages.plan)
+        rows, per_source = _input_rows(x, experts, routing, stages.inputs)
+        plain = isinstance(experts.spec.scheme.activations, Float)
+        post_scale = experts.tensors.get("w2_pre_scale") if plain else None
+        _gemm1(rows, per_source, experts, plan, stages.hidden, post_scale)
+        rows = triton_ops.Rows(stages.hidden)
+        if stages.rows is not None:
+            rows = _hidden_rows(stages.hidden, experts, routing, stages.rows, scaled=plain)
+        _gemm2(rows, experts, routing, plan, stages.slots)
+        triton_ops.combine(stages.slots, routing.ids, *_local(experts.spec), out)
 
     def gemm1(self, x: Tensor, experts: PackedExperts, routing: Routing, hidden: Tensor) -> None:
         """`stages.gemm1`, into hidden [T, k, I] of zeros."""
-        for part, chunk in _chunks(experts.spec, routing):
+        for part, chunk in split_tokens(routing, self.own_chunk(experts.spec, routing)):
             with on_device(x.device):
                 rows, per_source = _input_rows(x[part], experts, chunk)
                 _gemm1(rows, per_source, experts, _plan(experts.spec, chunk), hidden[part])
@@ -99,7 +115,7 @@ class TritonBackend:
         self, hidden: Tensor, experts: PackedExperts, routing: Routing, slots: Tensor
     ) -> None:
         """`stages.gemm2`, into slots [T, k, H] of zeros."""
-        for part, chunk in _chunks(experts.spec, routing):
+        for part, chunk in split_tokens(routing, self.own_chunk(experts.spec, routing)):
             with on_device(hidden.device):
                 rows = _hidden_rows(hidden[part].flatten(0, 1), experts, chunk)
                 _gemm2(rows, experts, chunk, _plan(experts.spec, chunk), slots[part])
@@ -129,52 +145,6 @@ class _Stages:
     slots: Tensor
 
 
-def _lay_out(take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> _Stages:
-    """Everything that a chunk of so many tokens needs beside its arguments."""
-    from moelten.kernels import triton_ops
-
-    fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
-    pairs, dtype = tokens * top_k, _row_dtype(spec)
-    plain = isinstance(fmt, Float)
-    as_is = plain and dtype is None
-    inputs = rows = None
-    if _by_pair(spec, on_input):
-        inputs = triton_ops.empty_rows(take, pairs, hidden_size, fmt, dtype=dtype)
-    elif not as_is:
-        inputs = triton_ops.empty_rows(take, tokens, hidden_size, fmt, dtype=dtype)
-    hidden = take(fmt.data_dtype if plain else torch.float32, pairs, inter)
-    if not as_is:
-        rows = triton_ops.empty_rows(take, pairs, inter, fmt, dtype=dtype)
-    block = block_m(pairs, spec.num_experts, current_target())
-    plan = triton_ops.empty_plan(take, pairs, spec.num_experts, block)
-    return _Stages(plan, inputs, hidden, rows, take(torch.float32, pairs, hidden_size))
-
-
-@lru_cache(maxsize=4096)
-def _workspace_bytes(spec: ExpertSpec, tokens: int, top_k: int, on_input: bool) -> int:
-    if tokens == 0:
-        return 0
-    arena = Arena()
-    _lay_out(arena.take, spec, tokens, top_k, on_input)
-    return arena.size
-
-
-def _needs(spec: ExpertSpec, routing: Routing) -> Callable[[int], int]:
-    """The bytes that some of a call's tokens take."""
-    return lambda tokens: _workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
-
-
-def _chunks(spec: ExpertSpec, routing: Routing) -> Iterator[tuple[slice, Routing]]:
-    """The token ranges of a call that allocates for itself."""
-    needed = _needs(spec, routing)
-    return split_tokens(routing, own_chunk(routing.num_tokens, needed))
-
-
-def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Launch there: Triton launches on torch's current GPU, whichever holds the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 def _local(spec: ExpertSpec) -> tuple[int, int]:
     return spec.num_experts, spec.first_expert
 
@@ -186,23 +156,6 @@ def _row_dtype(spec: ExpertSpec) -> torch.dtype | None:
 def _by_pair(spec: ExpertSpec, on_input: bool) -> bool:
     """Whether input rows differ between the slots of a token."""
     return on_input or "w13_pre_scale" in spec.extras or "w13_input_scale" in spec.extras
-
-
-def _run_chunk(
-    x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
-) -> None:
-    from moelten.kernels import triton_ops
-
-    plan = _plan(experts.spec, routing, stages.plan)
-    rows, per_source = _input_rows(x, experts, routing, stages.inputs)
-    plain = isinstance(experts.spec.scheme.activations, Float)
-    post_scale = experts.tensors.get("w2_pre_scale") if plain else None
-    _gemm1(rows, per_source, experts, plan, stages.hidden, post_scale)
-    rows = triton_ops.Rows(stages.hidden)
-    if stages.rows is not None:
-        rows = _hidden_rows(stages.hidden, experts, routing, stages.rows, scaled=plain)
-    _gemm2(rows, experts, routing, plan, stages.slots)
-    triton_ops.combine(stages.slots, routing.ids, *_local(experts.spec), out)
 
 
 def _plan(spec: ExpertSpec, routing: Routing, plan: TilePlan | None = None) -> TilePlan:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelten.kernels.triton import on_device
+from moelten.kernels.arena import on_device
 from moelten.kernels.triton_casts import widen
 from moelten.routing import METHODS, Routing
 
