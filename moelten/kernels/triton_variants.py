@@ -223,9 +223,12 @@ def _tile(
             return tile | {"num_stages": 2}
         # NOTE: without a limit ptxas spills a register or two to fit another block.
         return tile | {"num_stages": 3, "max_registers": 255}
-    grouped = "group" in (sides[0].mode, sides[1].mode)
+    modes = sides[0].mode, sides[1].mode
+    grouped = "group" in modes
+    both = modes == ("group", "group")
     # Scales of rows are cheap beside the left operand, of which a thread has few rows.
-    if tokens < 64 or (grouped and (sides[0].mode, sides[0].row_block) == ("group", 1)):
+    by_row = (sides[0].mode, sides[0].row_block) == ("group", 1)
+    if tokens < 64 or (by_row and not (both and tokens == 128)):
         # Short codes are decoded from registers: more rows share the tokens' tile.
         many = sides[0].codes in ("int4", "e2m1") and tokens < 64 and not few
         tile = {"block_n": (128 if many else 64) // halves, "num_warps": 4}
@@ -234,12 +237,20 @@ def _tile(
             tile["num_warps"] = 8
         if tokens >= 64:
             tile |= {"block_k": 64, "num_stages": 3}
+        # Four warps would spill.
+        if tokens == 128 or (tokens == 64 and both):
+            tile["num_warps"] = 8
     else:
         # Two of these fit a multiprocessor: one multiplies while the other decodes.
         tile = {"block_n": 128 // halves, "block_k": 64, "num_warps": 4, "num_stages": 3}
         tile["tokens_left"] = True
-        if tokens == 128 and (grouped or operand == "fp32"):
+        # These take registers beside the sums, which four warps have not at 128 tokens.
+        by_channel = sides[0].codes == "int4" and modes == ("row", "none")
+        decoded = operand == "bf16" and sides[1].codes == "int8"
+        if tokens == 128 and (grouped or by_channel or decoded or operand == "fp32"):
             tile["num_warps"] = 8
+            if both and by_row:
+                tile["block_n"] = 64 // halves
             if grouped and operand == "fp16":
                 tile["block_k"] = 128
     return tile
