@@ -125,16 +125,17 @@ class PackedExperts:
         spec = self.spec
         matrices = {}
         for name in MATRICES:
-            parts = {
-                key.removeprefix(f"{name}."): part[expert]
-                for key, part in self.tensors.items()
-                if key.startswith(f"{name}.")
-            }
+            parts = {key: part[expert] for key, part in self.parts(name).items()}
             matrix = self.layout.unpack(parts, spec.scheme.weights, spec.matrix_shape(name))
             matrices[name] = matrix.map(lambda part: part[None])
         extras = {name: self.tensors[name][expert : expert + 1] for name in spec.extras}
         single = _single(spec, expert)
         return _weights(single, matrices, extras)
+
+    def parts(self, matrix: str) -> dict[str, Tensor]:
+        """The packed tensors of "w13" or "w2" by the layout's names for them, expert-major."""
+        start = f"{matrix}."
+        return {k.removeprefix(start): t for k, t in self.tensors.items() if k.startswith(start)}
 
     def update_expert(self, expert: int, weights: ExpertWeights) -> None:
         """Replace one local expert in place with `weights` (E = 1); no pointer moves.

@@ -38,8 +38,6 @@ DECODING_TOLERANCE = 1e-6
 QUANTIZATION_TOLERANCE = 0.2
 """Between two checkpoints: 4-bit rounding stays below it, wrong scales or orders do not."""
 
-_MATRICES = ("gate", "up", "down")
-
 
 @dataclass(frozen=True)
 class LayerComparison:

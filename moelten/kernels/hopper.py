@@ -106,7 +106,7 @@ class HopperBackend(ArenaBackend):
         name, parameters = activation_arguments(spec.activation)
         grouped_gemm(
             rows,
-            _matrix(experts, "w13"),
+            experts.parts("w13"),
             fmt,
             operand,
             (halves, inter, hidden),
@@ -125,7 +125,7 @@ class HopperBackend(ArenaBackend):
         slots = stages.slots[: second.splits * pairs].view(second.splits, pairs, hidden)
         grouped_gemm(
             stages.hidden,
-            _matrix(experts, "w2"),
+            experts.parts("w2"),
             fmt,
             operand,
             (1, hidden, inter),
@@ -173,11 +173,3 @@ def _input_rows(
     pairs = Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre)
     quantize_rows(x, spec.scheme.activations, pairs, by_token=True, rows=rows)
     return rows.data, 1
-
-
-def _matrix(experts: PackedExperts, name: str) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(f"{name}."): part
-        for key, part in experts.tensors.items()
-        if key.startswith(f"{name}.")
-    }

@@ -251,11 +251,7 @@ def _gemm2(
 
 
 def _matrix(experts: PackedExperts, name: str) -> QTensor:
-    parts: dict[str, Any] = {
-        key.removeprefix(f"{name}."): part
-        for key, part in experts.tensors.items()
-        if key.startswith(f"{name}.")
-    }
+    parts: dict[str, Any] = experts.parts(name)
     return QTensor(format=experts.spec.scheme.weights, **parts)
 
 
