@@ -2,9 +2,10 @@
 
 Needs a GPU and a plain pytest. COMMIT in the environment names the commit of a copy of the tree.
 Every file with tests marked `gpu`, and the suites of the Triton kernels, which choose the GPU by
-themselves, run side by side: compiling is what takes the time. What does not run is named: a file
-that cannot be imported (an extra is missing) is a failure, skipped tests come with their reason.
-The report is rewritten after each file, so a run that is cut short loses nothing.
+themselves, run side by side, a few tests per process: compiling is what takes the time. What does
+not run is named: a file that cannot be imported (an extra is missing) is a failure, skipped tests
+come with their reason. The report is rewritten after each process, so a run that is cut short
+loses nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
 # Compiled for other GPUs, the interpreter's own, and one with nothing but marked tests.
 ELSEWHERE = {"test_triton_compile.py", "test_triton_interpreter.py", "test_triton_gpu.py"}
-WORKERS = 8
+EMPTY: dict[str, Any] = {
+    "tests": 0,
+    "failed": [],
+    "skipped": {},
+    "not_imported": {},
+    "seconds": 0.0,
+}
+WORKERS = 16
+_SHARE = 16
 
 
 def suites() -> list[Path]:
@@ -41,27 +50,32 @@ def commit() -> str:
     return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def pytest(arguments: list[str], threads: int = 1) -> str:
+    """What a run of pytest prints; it goes on after files that cannot be imported."""
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
+    command += ["--continue-on-collection-errors", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, check=False, cwd=ROOT, env=env, stdout=-1, text=True)
+    return done.stdout
+
+
+def shares(arguments: list[str]) -> list[list[str]]:
+    """The tests that pytest would run, a few per list; the arguments where it finds none."""
+    printed = pytest(["--collect-only", *arguments])
+    names = [line for line in printed.splitlines() if re.match(r"[\w/.]+\.py::", line)]
+    return [names[i : i + _SHARE] for i in range(0, len(names), _SHARE)] or [arguments]
+
+
 def run(arguments: list[str], workers: int = 1) -> dict[str, Any]:
     """One pytest run: its counts, and the names of what failed, was skipped or not imported."""
     threads = max((os.cpu_count() or 1) // workers, 1)
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
-        command += ["--continue-on-collection-errors", f"--junitxml={report}", *arguments]
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(
-            command, check=False, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
-        )
-        print(done.stdout, flush=True)
+        printed = pytest([f"--junitxml={report}", *arguments], threads)
+        print(printed, flush=True)
         if not report.exists():
-            return {"command": arguments, "tests": 0, "failed": ["pytest wrote no report"]}
-        record = summary(ElementTree.parse(report))
-    deselected = re.search(r"(\d+) deselected", done.stdout)
-    return {
-        "command": [Path(a).name for a in arguments],
-        **record,
-        "deselected": int(deselected[1]) if deselected else 0,
-    }
+            return EMPTY | {"failed": [f"pytest wrote no report: {arguments}"]}
+        return summary(ElementTree.parse(report))
 
 
 def summary(report: Any) -> dict[str, Any]:
@@ -83,6 +97,14 @@ def summary(report: Any) -> dict[str, Any]:
     }
 
 
+def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
+    """The counts and names of two runs."""
+    joined = {"skipped", "not_imported"}
+    return {
+        key: total[key] | part[key] if key in joined else total[key] + part[key] for key in EMPTY
+    }
+
+
 def reason(case: Any) -> str:
     """The last line of an error, or why a test was skipped."""
     entry = case.find("error") if case.find("error") is not None else case.find("skipped")
@@ -98,7 +120,8 @@ def holds_gpu_tests(module: str) -> bool:
 
 def jobs() -> list[list[str]]:
     """pytest's arguments, one file each."""
-    marked = [path for path in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    files = set(TESTS.glob("test_*.py")) - {TESTS / "test_gpu_report.py"}  # it writes such files
+    marked = [path for path in sorted(files) if "mark.gpu" in path.read_text()]
     return [
         *(["-m", "not gpu", str(path)] for path in suites()),
         *(["-m", "gpu", str(path)] for path in marked),
@@ -109,28 +132,35 @@ def main(target: Path) -> int:
     import torch
     import triton
 
-    found: list[dict[str, Any]] = []
+    work = jobs()
+    files = [[Path(a).name for a in arguments] for arguments in work]
+    runs = [dict(EMPTY) for _ in work]
     with ThreadPoolExecutor(WORKERS) as pool:
-        pending = [pool.submit(run, arguments, WORKERS) for arguments in jobs()]
+        pending = {
+            pool.submit(run, share, WORKERS): index
+            for index, parts in enumerate(pool.map(shares, work))
+            for share in parts
+        }
+        unfinished = list(pending.values())
         for done in as_completed(pending):
-            found.append(done.result())
+            index = pending[done]
+            runs[index] = add(runs[index], done.result())
+            unfinished.remove(index)
             record = {
                 "commit": commit(),
                 "gpu": torch.cuda.get_device_name(),
                 "torch": torch.__version__,
                 "triton": triton.__version__,
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "tests": sum(r["tests"] for r in found),
-                "failed": sum(len(r["failed"]) for r in found),
-                "files_missing": len(pending) - len(found),
-                "runs": found,
+                "tests": sum(r["tests"] for r in runs),
+                "failed": sum(len(r["failed"]) for r in runs),
+                "unfinished": sorted({files[i][-1] for i in unfinished}),
+                "runs": [{"command": c} | r for c, r in zip(files, runs, strict=True)],
             }
             target.write_text(json.dumps(record, indent=1) + "\n")
-    print(
-        *(f"{r['tests']:5} {len(r['failed']):3} failed  {r['command'][-1]}" for r in found),
-        sep="\n",
-    )
-    return int(any(r["failed"] or not r["tests"] for r in found))
+    for name, r in zip(files, runs, strict=True):
+        print(f"{r['tests']:5} {len(r['failed']):3} failed  {name[-1]}")
+    return int(any(r["failed"] or not r["tests"] for r in runs))
 
 
 if __name__ == "__main__":

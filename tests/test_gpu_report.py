@@ -38,7 +38,7 @@ def script(tmp_path, monkeypatch):
 def test_nothing_is_left_out_in_silence(script, tmp_path):
     found = script.run(["-m", "gpu", str(tmp_path / "tests")])
     missing = "ModuleNotFoundError: No module named 'nothing_of_this_name'"
-    assert found["tests"] == 3 and found["deselected"] == 1
+    assert found["tests"] == 3
     assert found["failed"] == ["test_bad", f"tests.test_lost: {missing}"]
     assert found["not_imported"] == dict.fromkeys(
         ("tests.test_lost", "tests.test_missing"), missing
@@ -57,3 +57,20 @@ def test_every_suite_of_the_kernels_is_run(script):
 def test_every_marked_file_is_run(script):
     marked = {Path(job[-1]).name for job in script.jobs() if job[1] == "gpu"}
     assert {"test_triton_gpu.py", "test_bench.py", "test_triton_workspace.py"} <= marked
+
+
+def test_shares_hold_every_test_once(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "_SHARE", 2)
+    arguments = ["-m", "gpu", str(tmp_path / "tests" / "test_some.py")]
+    parts = script.shares(arguments)
+    assert [len(part) for part in parts] == [2, 1]
+    total = script.EMPTY
+    for part in parts:
+        total = script.add(total, script.run(part))
+    whole = script.run(arguments)
+    assert (total["tests"], total["failed"]) == (3, ["test_bad"])
+    assert {k: total[k] for k in ("skipped", "not_imported")} == {
+        k: whole[k] for k in ("skipped", "not_imported")
+    }
+    lost = ["-m", "gpu", str(tmp_path / "tests" / "test_lost.py")]
+    assert script.shares(lost) == [lost]
