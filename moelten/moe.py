@@ -2,7 +2,8 @@
 
 All validation is here, before any work: what a backend cannot honour is refused with a reason.
 `fused_moe` is a registered torch operator (moelten::fused_moe, and an out variant with the right
-mutation schema), so `torch.compile(fullgraph=True)` and `torch.export` see one opaque call.
+mutation schema), so `torch.compile(fullgraph=True)` and `torch.export` see one opaque call; where
+nobody looks, the backend is called without it.
 Inference only: asking for a gradient through it raises.
 """
 
@@ -95,25 +96,17 @@ def fused_moe(
     torch.Size([3, 32])
     """
     check_call(x, experts, routing)
-    signature = experts.signature
-    if backend is not None:
-        signature += f"\n{backend}"
-    find_reader(experts, backend)
-    tensors = list(experts.tensors.values())
-    arguments = (x, routing.ids, routing.weights, routing.on_input, tensors, signature)
-    if out is None and workspace is None:
-        return cast(Tensor, torch.ops.moelten.fused_moe(*arguments))
-    if torch.is_grad_enabled() and x.requires_grad:
-        raise UnsupportedError(_NO_GRADIENT)
+    reader = find_reader(experts, backend)
     if workspace is not None:
         _check_workspace(workspace, experts, routing)
+    if out is not None:
+        _check_out(out, x)
+    if _is_watched(x, routing.weights):
+        return _call_operator(x, experts, routing, out, workspace, backend)
     if out is None:
         out = torch.empty_like(x)
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
-        raise FormatError(f"out: expected {_describe(x)}, got {_describe(out)}")
-    if not out.is_contiguous():
-        raise FormatError(f"out: expected contiguous rows, got strides {out.stride()}")
-    torch.ops.moelten.fused_moe_out(*arguments, out, workspace)
+    if x.shape[0]:
+        reader.run(x, experts, routing, out, workspace)
     return out
 
 
@@ -223,6 +216,45 @@ def check_call(x: Tensor, experts: PackedExperts, routing: Routing) -> None:
     for name, device in (("x", x.device), ("routing", routing.ids.device)):
         if device != experts.device:
             raise FormatError(f"{name} is on {device}, the experts are packed for {experts.device}")
+
+
+def _is_watched(x: Tensor, weights: Tensor) -> bool:
+    """Whether a compiler, a tracer or autograd must see one operator; all others are spared it."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad))
+    )
+
+
+def _call_operator(
+    x: Tensor,
+    experts: PackedExperts,
+    routing: Routing,
+    out: Tensor | None,
+    workspace: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    signature = experts.signature if backend is None else f"{experts.signature}\n{backend}"
+    tensors = list(experts.tensors.values())
+    arguments = (x, routing.ids, routing.weights, routing.on_input, tensors, signature)
+    if out is None and workspace is None:
+        return cast(Tensor, torch.ops.moelten.fused_moe(*arguments))
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise UnsupportedError(_NO_GRADIENT)
+    if out is None:
+        out = torch.empty_like(x)
+    torch.ops.moelten.fused_moe_out(*arguments, out, workspace)
+    return out
+
+
+def _check_out(out: Tensor, x: Tensor) -> None:
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise FormatError(f"out: expected {_describe(x)}, got {_describe(out)}")
+    if not out.is_contiguous():
+        raise FormatError(f"out: expected contiguous rows, got strides {out.stride()}")
 
 
 def _check_workspace(workspace: Tensor, experts: PackedExperts, routing: Routing) -> None:

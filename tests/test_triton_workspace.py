@@ -92,6 +92,7 @@ def test_less_room_means_more_chunks(name, monkeypatch):
         return inner(self, x, *rest)
 
     monkeypatch.setattr(TritonBackend, "run_chunk", counted)
+    arena._prepare.cache_clear()
     expected = reference.moe(x.cpu(), weights, Routing(routing.ids.cpu(), routing.weights.cpu()))
 
     def split(most: int) -> list[int]:
@@ -118,9 +119,14 @@ def test_less_room_means_more_chunks(name, monkeypatch):
 def test_without_one_the_backend_bounds_itself(monkeypatch):
     _, experts, x, routing = make("mxfp4_bf16", tokens=3)
     wanted = run(experts, x, routing, filled(needed(experts, 2)))
-    monkeypatch.setattr(arena, "_OWN_BYTES", needed(experts, 2))
+
+    def allow(size):
+        monkeypatch.setattr(arena, "_OWN_BYTES", size)
+        arena._prepare.cache_clear()
+
+    allow(needed(experts, 2))
     assert torch.equal(run(experts, x, routing), wanted)
-    monkeypatch.setattr(arena, "_OWN_BYTES", 1)
+    allow(1)
     alone = run(experts, x, routing, filled(needed(experts, 1)))
     assert torch.equal(run(experts, x, routing), alone)
 

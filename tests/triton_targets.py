@@ -21,5 +21,6 @@ TARGETS = {
 def pretend(patch: pytest.MonkeyPatch, target: str) -> None:
     """Until the patch is undone, layers launch what they launch on that GPU."""
     patch.setattr(backend, "current_target", lambda: TARGETS[target][0])
-    # Its cache knows one target only.
+    # Their caches know one target only.
     patch.setattr(arena, "_measure", arena._measure.__wrapped__)
+    patch.setattr(arena, "_prepare", arena._prepare.__wrapped__)

@@ -133,9 +133,11 @@ def backend_of(layout: str, device: torch.device, name: str | None = None) -> Ba
 
     Backends may share a layout: the same packed rows serve a CPU and a GPU.
     """
-    readers = [b for b in BACKENDS if b.layout.name == layout and name in (None, b.name)]
-    for backend in readers:
-        if device.type in backend.devices:
-            return backend
+    kind, readers = device.type, []
+    for backend in BACKENDS:
+        if backend.layout.name == layout and name in (None, backend.name):
+            if kind in backend.devices:
+                return backend
+            readers.append(backend)
     what = f"the layout {layout!r} on {device.type}"
     raise UnsupportedError(f"no backend reads {what}; readers: {[b.name for b in readers]}")

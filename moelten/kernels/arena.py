@@ -11,13 +11,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from moelten.errors import FormatError
+from moelten.kernels.launches import Launches
 from moelten.packed import PackedExperts
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
@@ -41,11 +43,6 @@ class Arena:
     """
 
     def __init__(self, buffer: Tensor | None = None) -> None:
-        if buffer is not None and buffer.is_cuda and buffer.data_ptr() % ALIGNMENT:
-            raise FormatError(
-                f"workspace: expected an address that is a multiple of {ALIGNMENT}, got "
-                f"{buffer.data_ptr():#x}; cut it from its allocation at such a multiple"
-            )
         self._buffer = buffer
         self.size = 0
 
@@ -102,7 +99,9 @@ def split_tokens(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
     """Launch there: Triton launches on torch's current GPU, whichever holds the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class ArenaBackend(ABC):
@@ -131,27 +130,41 @@ class ArenaBackend(ABC):
         out: Tensor,
         workspace: Tensor | None = None,
     ) -> None:
-        spec = experts.spec
+        ids, weights, on_input = routing.ids, routing.weights, routing.on_input
+        if not (ids.is_contiguous() and weights.is_contiguous()):
+            routing = Routing(ids := ids.contiguous(), weights := weights.contiguous(), on_input)
+        limit = None if workspace is None else workspace.numel()
+        types = x.dtype, ids.dtype, weights.dtype, x.device
+        call = _prepare(self, experts.spec, *routing.ids.shape, on_input, types, limit)
         if workspace is None:
-            step = self.own_chunk(spec, routing)
-            size = self.workspace_bytes(spec, step, routing.top_k, routing.on_input)
-            workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        else:
-            needed = self._needs(spec, routing)
-            step = chunk_tokens(routing.num_tokens, workspace.numel(), needed)
+            workspace = torch.empty(call.size, dtype=torch.uint8, device=x.device)
+        elif workspace.is_cuda and workspace.data_ptr() % ALIGNMENT:
+            raise FormatError(
+                f"workspace: expected an address that is a multiple of {ALIGNMENT}, got "
+                f"{workspace.data_ptr():#x}; cut it from its allocation at such a multiple"
+            )
+        memory = (x, ids, weights, out, workspace, *experts.tensors.values())
+        with on_device(x.device):
+            chunks = partial(self._run_chunks, call.step, x, experts, routing, out, workspace)
+            call.launches.run(memory, chunks)
+
+    def _run_chunks(
+        self,
+        step: int,
+        x: Tensor,
+        experts: PackedExperts,
+        routing: Routing,
+        out: Tensor,
+        workspace: Tensor,
+    ) -> None:
         for part, chunk in split_tokens(routing, step):
             take, size = Arena(workspace).take, chunk.num_tokens
-            stages = self.lay_out(take, spec, size, chunk.top_k, chunk.on_input)
-            with on_device(x.device):
-                self.run_chunk(x[part], experts, chunk, stages, out[part])
+            stages = self.lay_out(take, experts.spec, size, chunk.top_k, chunk.on_input)
+            self.run_chunk(x[part], experts, chunk, stages, out[part])
 
     def own_chunk(self, spec: ExpertSpec, routing: Routing) -> int:
         """How many tokens run at once where the caller gives no workspace."""
-        needed = self._needs(spec, routing)
-        return chunk_tokens(routing.num_tokens, max(_OWN_BYTES, needed(1)), needed)
-
-    def _needs(self, spec: ExpertSpec, routing: Routing) -> Callable[[int], int]:
-        return lambda tokens: self.workspace_bytes(spec, tokens, routing.top_k, routing.on_input)
+        return _chunk(self, spec, routing.num_tokens, routing.top_k, routing.on_input)
 
 
 @lru_cache(maxsize=4096)
@@ -163,3 +176,44 @@ def _measure(
     arena = Arena()
     backend.lay_out(arena.take, spec, tokens, top_k, on_input)
     return arena.size
+
+
+def _chunk(
+    backend: ArenaBackend,
+    spec: ExpertSpec,
+    tokens: int,
+    top_k: int,
+    on_input: bool,
+    limit: int | None = None,
+) -> int:
+    """How many tokens run at once in `limit` bytes; by default in those that a call may take."""
+
+    def needed(count: int) -> int:
+        return _measure(backend, spec, count, top_k, on_input)
+
+    return chunk_tokens(tokens, max(_OWN_BYTES, needed(1)) if limit is None else limit, needed)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How calls of one kind run: tokens at once, bytes that they take, and what they launch."""
+
+    step: int
+    size: int
+    launches: Launches
+
+
+@lru_cache(maxsize=1024)
+def _prepare(
+    backend: ArenaBackend,
+    spec: ExpertSpec,
+    tokens: int,
+    top_k: int,
+    on_input: bool,
+    types: tuple[Any, ...],
+    limit: int | None,
+) -> _Call:
+    """What follows from sizes. types: dtypes and the device; limit: bytes of a workspace."""
+    step = _chunk(backend, spec, tokens, top_k, on_input, limit)
+    recordable = types[-1].type == "cuda" and torch.version.hip is None
+    return _Call(step, _measure(backend, spec, step, top_k, on_input), Launches(recordable))

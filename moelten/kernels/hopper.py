@@ -9,6 +9,7 @@ Triton is imported when a layer runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,7 @@ class HopperBackend(ArenaBackend):
     def name(self) -> str:
         return self.layout.name
 
-    @property
+    @cached_property
     def layout(self) -> HopperLayout:
         return HopperLayout(self.operand)
 

@@ -10,6 +10,7 @@ from moelten.formats import Format
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_decode import decode_kernel
 from moelten.kernels.hopper_schedule import Variant
+from moelten.kernels.launches import launch
 from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue
 from moelten.kernels.triton_ops import TilePlan
 
@@ -45,7 +46,8 @@ def grouped_gemm(
     alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
     row_tiles = -(-rows * halves // 64)
     steps = -(-columns // (64 * variant.warps))
-    decode_kernel[(plan.max_tiles * row_tiles * variant.splits,)](
+    launch(
+        decode_kernel, (plan.max_tiles * row_tiles * variant.splits,),
         _words(x), _words(matrix["data"]), None if scale is None else _words(scale),
         _words(matrix["zero"]) if "zero" in matrix else None, matrix.get("row_scale"),
         plan.pairs, plan.tiles, plan.count, plan.max_tiles,

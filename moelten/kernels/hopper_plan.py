@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moelten.kernels.launches import launch
 from moelten.kernels.triton_ops import TilePlan, make_tile_plan
 
 _SCAN = 1024
@@ -24,7 +25,8 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan)
     if size > _MAX_PAIRS:
         make_tile_plan(ids, num_experts, first_expert, plan.block, plan)
         return
-    plan_kernel[(num_experts,)](
+    launch(
+        plan_kernel, (num_experts,),
         ids.contiguous(), plan.pairs, plan.tiles, plan.count, size, num_experts, first_expert,
         plan.max_tiles, BLOCK=plan.block, EXPERTS=triton.next_power_of_2(num_experts),
         SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN),
@@ -73,7 +75,8 @@ def combine(y: Tensor, ids: Tensor, num_experts: int, first_expert: int, out: Te
     tokens, top_k = ids.shape
     width = out.shape[1]
     block = min(triton.next_power_of_2(width), 512)
-    combine_kernel[(tokens, triton.cdiv(width, block))](
+    launch(
+        combine_kernel, (tokens, triton.cdiv(width, block)),
         y, ids.contiguous(), out, num_experts, first_expert, width, y.stride(0),
         TOP_K=top_k, SPLITS=y.shape[0], BLOCK=block, launch_pdl=True,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moelten.formats import Format
+from moelten.kernels.launches import launch
 from moelten.kernels.triton_casts import INTERPRET, abs_bits, dot, widen
 from moelten.kernels.triton_decode import (
     columns_of,
@@ -62,10 +63,11 @@ def grouped_gemm(
     tiles_n = triton.cdiv(height, variant.block_n)
     table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
     alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
-    launch = {} if INTERPRET else variant.launch
+    options = {} if INTERPRET else variant.launch
     kernel = scaled_gemm_kernel if variant.block_scaled else gemm_kernel
     zero = () if variant.block_scaled else (matrix.zero,)
-    kernel[(plan.max_tiles * tiles_n,)](
+    launch(
+        kernel, (plan.max_tiles * tiles_n,),
         stored(matrix.data, variant, columns), as_bytes(matrix.scale), *zero, matrix.global_scale,
         stored(rows.data, variant, columns), rows.scale, rows.global_scale,
         plan.pairs, plan.tiles, plan.count, plan.max_tiles,
@@ -74,7 +76,7 @@ def grouped_gemm(
         alpha, beta, limit, rows_per_source,
         K=columns, N=height, HALVES=halves, ACTIVATION=epilogue.activation,
         LIMITED=table is not None or limit != float("inf"),
-        BLOCK_M=plan.block, **constants(variant), **launch,
+        BLOCK_M=plan.block, **constants(variant), **options,
     )  # fmt: skip
 
 

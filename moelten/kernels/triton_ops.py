@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moelten.formats import FP8, MXFP8, NVFP4, Float, Format, Int8
 from moelten.kernels.arena import Take, heap
+from moelten.kernels.launches import launch
 from moelten.kernels.triton_casts import (
     abs_bits,
     decode_e4m3,
@@ -81,14 +82,16 @@ def make_tile_plan(
     sizes = (size, num_experts, first_expert, plan.max_tiles)
     if size <= _SMALL_PLAN:
         pad = max(triton.next_power_of_2(size), 16)
-        small_plan_kernel[(1,)](ids, pairs, tiles, count, *sizes, BLOCK=block, SIZE=pad)
+        tensors = (ids, pairs, tiles, count)
+        launch(small_plan_kernel, (1,), *tensors, *sizes, BLOCK=block, SIZE=pad)
         return plan
     scan = min(triton.next_power_of_2(size), _SCAN)
-    count_kernel[(num_experts,)](ids, counts, size, first_expert, SCAN=scan)
+    launch(count_kernel, (num_experts,), ids, counts, size, first_expert, SCAN=scan)
     experts = triton.next_power_of_2(num_experts)
-    place_kernel[(num_experts,)](
-        ids, counts, pairs, tiles, count, *sizes, BLOCK=block, EXPERTS=experts, SCAN=scan
-    )
+    launch(
+        place_kernel, (num_experts,),
+        ids, counts, pairs, tiles, count, *sizes, BLOCK=block, EXPERTS=experts, SCAN=scan,
+    )  # fmt: skip
     return plan
 
 
@@ -250,7 +253,8 @@ def quantize_rows(
     if isinstance(fmt, Float) and rows.scale is not None:
         kind = "normalized"
     extra = pairs or Pairs(x, 1, 0, static_scale=static_scale)
-    quantize_kernel[(-(-count // tile) * tile,)](
+    launch(
+        quantize_kernel, (-(-count // tile) * tile,),
         x, rows.data, rows.scale, rows.global_scale,
         None if pairs is None else extra.ids.contiguous(),
         None if extra.router is None else extra.router.contiguous(),
@@ -388,9 +392,10 @@ def combine(y: Tensor, ids: Tensor, num_experts: int, first_expert: int, out: Te
     width = out.shape[1]
     block = min(triton.next_power_of_2(width), 1024)
     grid = (tokens, triton.cdiv(width, block))
-    combine_kernel[grid](
-        y, ids.contiguous(), out, num_experts, first_expert, width, TOP_K=top_k, BLOCK=block
-    )
+    launch(
+        combine_kernel, grid,
+        y, ids.contiguous(), out, num_experts, first_expert, width, TOP_K=top_k, BLOCK=block,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_expert"])

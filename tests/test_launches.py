@@ -1,0 +1,184 @@
+"""Recorded launches, held to cuda.h by a driver that reads the structures byte by byte."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import moelten
+from moelten.kernels import launches
+from moelten.kernels.launches import Launches, launch
+
+SIGNATURE = {"a_ptr": "*bf16", "n": "i32", "one": "constexpr", "b_ptr": "*i32", "scale": "fp32",
+             "SIZE": "constexpr", "big": "i64", "out_ptr": "*fp32"}  # fmt: skip
+FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}
+
+
+class Kernel:
+    """Stands in for Triton: notes each launch, and returns what it would have compiled."""
+
+    def __init__(self, function: int, **facts) -> None:
+        self.arg_names, self.seen = list(SIGNATURE), []
+        usual = {"num_warps": 4, "shared": 1024, "launch_pdl": True, "num_ctas": 1}
+        scratch = {"global_scratch_size": 0, "profile_scratch_size": 0}
+        metadata = SimpleNamespace(**(usual | scratch | facts), launch_cooperative_grid=False)
+        source = SimpleNamespace(signature=SIGNATURE)
+        self.compiled = SimpleNamespace(
+            function=function, metadata=metadata, src=source, name=f"kernel{function}"
+        )
+
+    def __getitem__(self, grid):
+        def run(*arguments, **named):
+            self.seen.append((grid, arguments, named))
+            return self.compiled
+
+        return run
+
+
+class Driver:
+    """Stands in for cuLaunchKernelEx: decodes what it is given as cuda.h lays it out."""
+
+    def __init__(self) -> None:
+        self.launches, self.statuses = [], []
+
+    def __call__(self, config, function, parameters, extra):
+        raw = ctypes.string_at(ctypes.addressof(config._obj), 56)
+        *shape, shared = struct.unpack_from("7I", raw)
+        stream, attributes, count = struct.unpack_from("QQI", raw, 32)
+        pairs = [struct.unpack_from("i4xi", ctypes.string_at(attributes, 72)) for _ in range(count)]
+        places, values = list(parameters), {}
+        for (name, kind), at in zip(
+            ((n, k) for n, k in SIGNATURE.items() if k != "constexpr"), places, strict=False
+        ):
+            code = FORMATS.get(kind, "Q")
+            (values[name],) = struct.unpack(code, ctypes.string_at(at, struct.calcsize(code)))
+        assert extra is None and len(places) == len(values) + 2
+        assert all(ctypes.string_at(at, 8) == bytes(8) for at in places[-2:])
+        self.launches.append((function.value, shape, shared, stream, pairs, values))
+        return self.statuses.pop(0) if self.statuses else 0
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    found = Driver()
+    monkeypatch.setattr(launches, "_driver", lambda: found)
+    monkeypatch.setattr(launches, "_current_stream", lambda: 77)
+    return found
+
+
+def memory():
+    return [torch.zeros(64), torch.zeros(64, dtype=torch.int32), torch.zeros(256)]
+
+
+def layer(kernels, tensors):
+    """A call of two launches, whose pointers are places in its three tensors."""
+    a, b, out = tensors
+    first, second = kernels
+    launch(first, (5,), a[8:], 3, 1, b, 0.5, SIZE=16, big=1 << 40, out_ptr=out[64:], num_warps=4)
+    launch(second, (5, 2), out, 3, 1, b[4:], 2.0, SIZE=16, big=-7, out_ptr=a)
+
+
+def test_repeats_what_the_first_call_launched(driver):
+    kernels = Kernel(11), Kernel(12, launch_pdl=False, num_warps=8)
+    calls, first = Launches(True), memory()
+    calls.run(first, lambda: layer(kernels, first))
+    assert [len(k.seen) for k in kernels] == [1, 1] and not driver.launches
+    for tensors in (memory(), memory(), first):
+        driver.launches.clear()
+        for _ in range(2):
+            calls.run(tensors, pytest.fail)
+        a, b, out = (t.data_ptr() for t in tensors)
+        wanted = [
+            (11, [5, 1, 1, 128, 1, 1], 1024, 77, [(6, 1)],
+             {"a_ptr": a + 32, "n": 3, "b_ptr": b, "scale": 0.5, "big": 1 << 40,
+              "out_ptr": out + 256}),
+            (12, [5, 2, 1, 256, 1, 1], 1024, 77, [],
+             {"a_ptr": out, "n": 3, "b_ptr": b + 16, "scale": 2.0, "big": -7, "out_ptr": a}),
+        ]  # fmt: skip
+        assert driver.launches == wanted * 2
+
+
+def test_follows_the_stream(driver, monkeypatch):
+    kernels, calls, tensors = (Kernel(1), Kernel(2)), Launches(True), memory()
+    for stream in (77, 77, 5, 77):
+        monkeypatch.setattr(launches, "_current_stream", lambda stream=stream: stream)
+        calls.run(tensors, lambda: layer(kernels, tensors))
+    assert [entry[3] for entry in driver.launches] == [77, 77, 5, 5, 77, 77]
+
+
+def test_what_cannot_be_recorded_is_called_every_time(driver):
+    tensors = memory()
+    aliased = [tensors[0], tensors[1], tensors[0]]
+    odd = [tensors[0][1:], *tensors[1:]]
+    ready = Launches(True)
+    ready.run(tensors, lambda: layer((Kernel(1), Kernel(2)), tensors))
+    for calls, where, special in (
+        (Launches(False), tensors, {}),
+        (Launches(True), aliased, {}),
+        (Launches(True), odd, {}),
+        (ready, odd, {}),
+        (Launches(True), tensors, {"num_ctas": 2}),
+        (Launches(True), tensors, {"global_scratch_size": 8}),
+    ):
+        kernels = Kernel(1), Kernel(2, **special)
+        for _ in range(2):
+            calls.run(where, lambda k=kernels, t=where: layer(k, t))
+        assert [len(k.seen) for k in kernels] == [2, 2] and not driver.launches
+
+
+def test_foreign_memory_is_an_error(driver):
+    tensors = memory()
+    with pytest.raises(AssertionError, match="not the call's"):
+        Launches(True).run(tensors[:2], lambda: layer((Kernel(1), Kernel(2)), tensors))
+    assert launches._RECORD.get() is None
+
+
+def test_errors_and_new_threads(driver):
+    kernels, calls, tensors = (Kernel(1), Kernel(2)), Launches(True), memory()
+
+    def call():
+        layer(kernels, tensors)
+
+    calls.run(tensors, call)
+    driver.statuses = [201]  # this thread has no context yet: Triton, called again, makes one
+    calls.run(tensors, call)
+    assert [len(k.seen) for k in kernels] == [2, 2]
+    for statuses in ([700], [0, 201]):
+        driver.statuses = statuses
+        with pytest.raises(RuntimeError, match=f"{statuses[-1]} at the launch of kernel"):
+            calls.run(tensors, call)
+
+
+def test_threads_do_not_mix_addresses(driver):
+    kernels, calls, first = (Kernel(1), Kernel(2)), Launches(True), memory()
+    calls.run(first, lambda: layer(kernels, first))
+    own = [memory() for _ in range(4)]
+
+    def work(tensors):
+        for _ in range(200):
+            calls.run(tensors, pytest.fail)
+
+    threads = [threading.Thread(target=work, args=(tensors,)) for tensors in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pairs = zip(driver.launches[::2], driver.launches[1::2], strict=True)
+    starts = {first[5]["a_ptr"] - 32: second[5]["out_ptr"] for first, second in pairs}
+    assert starts == {t[0].data_ptr(): t[0].data_ptr() for t in own}
+    assert len(driver.launches) == 4 * 200 * 2
+
+
+def test_all_kernels_of_a_layer_are_launched_here():
+    """A launch beside `launch` would be missing from the repetition."""
+    folder = Path(moelten.__file__).parent / "kernels"
+    for path in (*folder.glob("triton_*.py"), *folder.glob("hopper*.py")):
+        if path.name != "triton_routing.py":  # one launch, of a call of its own
+            assert not re.findall(r"kernel\w*\[[^\]]*\]\(", path.read_text()), path.name
