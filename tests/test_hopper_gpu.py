@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ import moelten
 from moelten import GPT_OSS, SwiGLU, reference
 from moelten.formats import BF16, FP16, MXFP4, Float, Int4, Scheme, scheme
 from moelten.kernels.hopper_codes import storage
+from moelten.kernels.hopper_schedule import block_of, make_variant
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
 
@@ -222,13 +224,52 @@ def test_same_bits_on_two_streams():
     wanted = [moelten.fused_moe(x, packed, routing) for x, routing in calls]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in calls]
-    for _ in range(500):
+    for _ in range(1000):
         found = []
         for stream, (x, routing) in zip(streams, calls, strict=True):
             with torch.cuda.stream(stream):
                 found.append(moelten.fused_moe(x, packed, routing))
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+EVERY = {
+    "few experts": (4, 1024, 768, 2),
+    "many experts": (32, 2048, 768, 8),
+}
+
+
+@pytest.mark.parametrize("shape", EVERY)
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_number_of_tokens(name, shape):
+    """1 to 512 tokens, one more each time: in bounds, and the old ones' bits where K splits alike.
+
+    The rows are always the same ones, so that one reference serves all.
+    """
+    (experts, hidden, inter, top_k), which = EVERY[shape], SCHEMES[name]
+    weights = make_layer(which, experts, hidden, inter, SwiGLU(), False)
+    packed = moelten.pack(weights, backend=backend(which))
+    x, routing = make_call(512, experts, hidden, top_k)
+    x = x.to(which.activations.data_dtype)
+    wanted, known = reference.moe(x, weights, routing), {}
+    for tokens in range(1, 513):
+        part = Routing(routing.ids[:tokens], routing.weights[:tokens])
+        out = moelten.fused_moe(x[:tokens], packed, part)
+        assert_matches(out, wanted[:tokens])
+        before = known.get(splits := splits_of(packed, tokens * top_k))
+        if before is not None:
+            assert torch.equal(out[: len(before)], before), tokens
+        known[splits] = out
+    assert len(known) > 1 or shape == "many experts"
+
+
+def splits_of(packed, pairs: int) -> int:
+    """Into how many parts GEMM2 cuts its K."""
+    spec = packed.spec
+    stored = storage(spec.scheme.weights, spec.scheme.activations.name)
+    sizes = block_of(pairs, spec.num_experts), pairs, spec.num_experts
+    rows, columns = spec.hidden_size, spec.intermediate_size
+    return make_variant(stored, *sizes, -(-rows // 64), columns, may_split=True).splits
 
 
 def test_a_token_does_not_depend_on_the_others():
@@ -264,3 +305,36 @@ def test_hopper_is_what_runs_by_default():
         weights = make_layer(which, 2, 128, 64, SwiGLU(), False)
         assert moelten.pack(weights).layout.name == backend(which)
         storage(which.weights, which.activations.name)
+
+
+def test_repeated_launches():
+    """Calls of one size: on other memory, on another thread, on another stream, the same bits."""
+    weights = make_layer(scheme("int4g32_bf16"), 8, 512, 384, SwiGLU(), False)
+    first = moelten.pack(weights, backend="hopper")
+    copy = replace(first, tensors={n: t.clone() for n, t in first.tensors.items()})
+    other = moelten.pack(
+        make_layer(scheme("int4g32_bf16"), 8, 512, 384, SwiGLU(), False, seed=5), backend="hopper"
+    )
+    x, routing = make_call(7, 8, 512, 2)
+    padded = torch.zeros(7 * 512 + 1, dtype=x.dtype, device="cuda")
+    odd = padded[1:].view(7, 512).copy_(x)  # an address that is no multiple of 16
+    wanted = reference.moe(x, weights, routing)
+    out = moelten.fused_moe(x, first, routing)
+    assert_matches(out, wanted)
+    assert torch.equal(moelten.fused_moe(x, first, routing), out)
+    assert torch.equal(moelten.fused_moe(x.clone(), copy, moved(routing)), out)
+    assert not torch.equal(moelten.fused_moe(x, other, routing), out)
+    assert torch.equal(moelten.fused_moe(odd, first, routing), out)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(moelten.fused_moe(x, first, routing), out)
+        assert torch.equal(pool.submit(moelten.fused_moe, x, first, routing).result(), out)
+    same = x.clone()
+    moelten.fused_moe(same, first, routing, out=same)
+    assert torch.equal(same, out)
+
+
+def moved(routing: Routing) -> Routing:
+    """The same routing elsewhere, its columns not contiguous."""
+    ids, weights = routing.ids.t().contiguous().t(), routing.weights.t().contiguous().t()
+    return Routing(ids, weights, routing.on_input)
