@@ -1,13 +1,14 @@
 """Write the README's speed tables from benchmarks/results/*.json: `python benchmarks/readme.py`.
 
 A result file is what `moelten bench --output` wrote: one from a CPU becomes a table beside its
-baseline, one from a GPU a table per shape, and the picture of the same name if there is one. Other
-JSON files in the folder (reports) are left alone.
+baseline, one from a GPU a table per shape, and the picture of the same name if there is one. What
+`ragged.py` and `host.py` wrote becomes a sentence each. Other JSON files (reports) are left alone.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,41 @@ def speed_section(results: Path) -> str:
     """Markdown of every result file in a folder: GPUs first, then CPUs, by name."""
     found = {path: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
     runs = {path: run for path, run in found.items() if _is_run(run)}
+    runs = {path: run for path, run in runs.items() if "aligned_us" not in run[0]}
     gpus = [gpu_tables(run, path) for path, run in runs.items() if run[0]["gpu"]]
-    return "\n".join(gpus + [cpu_table(run) for run in runs.values() if not run[0]["gpu"]])
+    ragged = [ragged_line(run) for run in found.values() if _is_run(run, "aligned_us")]
+    host = [host_line(record) for record in found.values() if "call_us" in record]
+    cpus = [cpu_table(run) for run in runs.values() if not run[0]["gpu"]]
+    return "\n".join(gpus + ragged + host + cpus)
 
 
-def _is_run(found: Any) -> bool:
-    return isinstance(found, list) and bool(found) and "percent_of_floor" in found[0]
+def _is_run(found: Any, field: str = "percent_of_floor") -> bool:
+    return isinstance(found, list) and bool(found) and field in found[0]
+
+
+def ragged_line(records: list[Record]) -> str:
+    """Markdown of what `benchmarks/ragged.py` wrote."""
+    ratios = sorted(r["us"] / r["aligned_us"] for r in records)
+    layers = {(r["scheme"], r["shape"]) for r in records}
+    return (
+        f"{len(layers)} layers whose sizes no tile divides (among them I = 80, 232 and 1856, "
+        "H = 2880 and 1856, 1 to 289 experts, top-31) take "
+        f"{ratios[len(ratios) // 2]:.2f} times (median) to {ratios[-1]:.2f} times (worst) as long "
+        f"as the next larger aligned ones; commit {_short(records[0]['commit'])}, "
+        "`python benchmarks/ragged.py`.\n"
+    )
+
+
+def host_line(record: Record) -> str:
+    """Markdown of what `benchmarks/host.py` wrote."""
+    return (
+        f"Outside CUDA graphs `fused_moe` returns after {record['call_us']:.0f} us "
+        f"({record['call_us_workspace']:.0f} us with a workspace, "
+        f"{record['call_us_other_layers']:.0f} us where each call is another layer's). A first "
+        f"call takes {record['cold_first_call_s']:.1f} s where nothing is compiled, "
+        f"{record['warm_new_shape_ms']:.0f} ms for a shape whose kernels are in Triton's cache; "
+        f"commit {_short(record['commit'])}, `python benchmarks/host.py`.\n"
+    )
 
 
 def gpu_tables(records: list[Record], path: Path) -> str:
@@ -45,15 +75,19 @@ def gpu_tables(records: list[Record], path: Path) -> str:
         groups.setdefault((r["shape"], r["routing"]), []).append(r)
     for (shape, routing), group in groups.items():
         lines += [f"{shape}: {_sizes(group[0])}, {routing} routing.", "", *_grid(group), ""]
-    rates = {r["mma_type"]: f"{r['mma_type']} {r['mma_tflops']:.0f}" for r in records}
+    kinds = dict.fromkeys(r["mma_type"] for r in records)
+    rates = [
+        f"{kind} {_range((r['mma_tflops'] for r in records if r['mma_type'] == kind), 0)}"
+        for kind in kinds
+    ]
     dates = sorted({r["date"][:10] for r in records})
     lines.append(
-        f"Measured in the same run: reads {first['read_gbps'] / 1e3:.2f} TB/s, "
-        f"{', '.join(rates.values())} TFLOP/s, relative error at most "
+        f"Measured in the same run: reads {_range(r['read_gbps'] / 1e3 for r in records)} TB/s, "
+        f"{', '.join(rates)} TFLOP/s, relative error at most "
         f"{max(r['rel_error'] for r in records):.1e}. torch {first['torch']}, Triton "
         f"{first['triton']}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit "
         f"{', '.join(dict.fromkeys(_short(r['commit']) for r in records))}. "
-        f"`{_command(records)}` repeats it."
+        f"To repeat it: {', '.join(f'`{command}`' for command in _commands(records))}."
     )
     picture = path.with_suffix(".png")
     if picture.exists():
@@ -117,13 +151,25 @@ def _short(commit: str | None) -> str:
     return digits[:7] + (f"-{edited}" if edited else "")
 
 
-def _command(records: list[Record]) -> str:
-    """The command line that measures the same points."""
-    options = {
-        f"--{name}": ",".join(dict.fromkeys(str(r[name]) for r in records))
-        for name in ("shape", "scheme", "tokens", "routing")
-    }
-    return "moelten bench " + " ".join(f"{name} {value}" for name, value in options.items())
+def _range(values: Iterable[float], digits: int = 2) -> str:
+    """The smallest and the largest of some numbers."""
+    texts = [f"{value:.{digits}f}" for value in sorted(values)]
+    return " to ".join(dict.fromkeys((texts[0], texts[-1])))
+
+
+def _commands(records: list[Record]) -> list[str]:
+    """Command lines that measure the same points: one for shapes with the same other options."""
+    runs: dict[tuple[str, ...], list[str]] = {}
+    for shape, routing in dict.fromkeys((r["shape"], r["routing"]) for r in records):
+        group = [r for r in records if (r["shape"], r["routing"]) == (shape, routing)]
+        names = ("backend", "scheme", "tokens", "routing")
+        options = tuple(",".join(dict.fromkeys(str(r[name]) for r in group)) for name in names)
+        runs.setdefault(options, []).append(shape)
+    return [
+        f"moelten bench --shape {','.join(shapes)} --scheme {schemes} --tokens {tokens} "
+        f"--routing {routing} --backend {backend}"
+        for (backend, schemes, tokens, routing), shapes in runs.items()
+    ]
 
 
 def with_tables(readme: str, results: Path = RESULTS) -> str:

@@ -285,16 +285,20 @@ def bench_command(
     ] = None,
     seed: Seed = 0,
     output: Annotated[
-        Path | None, typer.Option(help="A JSON file, written again after every record.")
+        Path | None,
+        typer.Option(
+            help="A JSON file, written again after every record; other points' records stay."
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the roofline to a PNG file (extra: plot).")
+        Path | None,
+        typer.Option(help="Draw the records, with all of --output, to a PNG file (extra: plot)."),
     ] = None,
     json_output: Json = False,
 ) -> int:
     """Time whole layers against measured floors; on a CPU, beside transformers' own experts too."""
     from moelten.commands import bench
-    from moelten.commands.bench_records import TOLERANCE, is_right
+    from moelten.commands.bench_records import TOLERANCE, is_right, merge, read_records
     from moelten.commands.bench_workload import find_shape
     from moelten.commands.describe import find_scheme
     from moelten.commands.doctor import require_extra
@@ -319,7 +323,8 @@ def bench_command(
         backend=backend,
         skipped=lambda reason: typer.echo(f"skipped {reason}", err=True),
     )
-    records = []
+    records: list[dict[str, Any]] = []
+    kept = read_records(output) if output is not None and output.exists() else []
     with terminal.show_progress() as progress:
         for record in bench.run(
             layers,
@@ -333,9 +338,9 @@ def bench_command(
         ):
             records.append(record)
             if output is not None:
-                output.write_text(terminal.json_text(records) + "\n")
+                output.write_text(terminal.json_text(merge(kept, records)) + "\n")
     if plot is not None:
-        draw(records, plot)
+        draw(merge(kept, records), plot)
     if json_output:
         terminal.print_json(records)
     else:

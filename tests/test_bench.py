@@ -343,6 +343,15 @@ def test_command(tmp_path):
     assert [r["tokens"] for r in records] == [1, 2]
     assert records == json.loads((tmp_path / "bench.json").read_text())
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    again = CliRunner().invoke(app, [*LINE.replace("1,2", "2,3").split(), *files])
+    assert again.exit_code == 0, again.output
+    merged = json.loads((tmp_path / "bench.json").read_text())
+    assert [r["tokens"] for r in merged] == [1, 2, 3] and merged[0] == records[0]
+    assert merged[1]["date"] >= records[1]["date"] and merged[1] != records[1]
+    (tmp_path / "bench.json").write_text('{"tests": 5}')
+    refused = CliRunner().invoke(app, [*LINE.split(), *files[:2]])
+    assert refused.exit_code == 2 and "expected an array of bench's records" in refused.stderr
+    assert (tmp_path / "bench.json").read_text() == '{"tests": 5}'
     more = "--scheme mxfp4_bf16 --shape small,gpt-oss-20b --routing zipf --routing onehot"
     text = CliRunner().invoke(app, f"{LINE} {more}".split()).stdout
     assert text.count("mxfp4_bf16") == text.count("int4g32_bf16") == 8

@@ -80,6 +80,19 @@ def test_results_of_a_gpu_become_a_table_per_shape(generator, tmp_path):
     assert f"{cpu[0]['commit'][:7]}-dirty" in generator.gpu_tables(edited, tmp_path / "x.json")
 
 
+def test_ragged_sizes_and_the_host_become_sentences(generator, tmp_path):
+    point = {"us": 12.0, "aligned_us": 10.0, "scheme": "a", "shape": "b", "commit": "0123456789"}
+    ragged = [point | {"percent_of_floor": 5}, point | {"us": 9.0}, point | {"us": 10.0}]
+    (tmp_path / "h200-hopper-ragged.json").write_text(json.dumps(ragged))
+    host = dict.fromkeys(("call_us", "call_us_workspace", "call_us_other_layers"), 14.2)
+    host |= {"cold_first_call_s": 5.25, "warm_new_shape_ms": 30.5, "commit": "0123456789"}
+    (tmp_path / "h200-host.json").write_text(json.dumps(host))
+    section = generator.speed_section(tmp_path)
+    assert "1 layers" in section and "1.00 times (median) to 1.20 times (worst)" in section
+    assert "after 14 us" in section and "5.2 s" in section and "0123456," in section
+    assert "| scheme" not in section
+
+
 def test_support_matrix_names_every_format():
     matrix = README.split("## Support")[1].split("Checkpoints:")[0]
     named = set(re.findall(r"`(\w+)`", matrix))

@@ -7,6 +7,7 @@ the same run.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 from moelten import reference
 from moelten.commands.bench_workload import Draw, Layer
 from moelten.commands.doctor import package_version
+from moelten.errors import FormatError
 from moelten.formats import FP8, MXFP8, Format, Int8
 from moelten.packed import PackedExperts
 from moelten.routing import Routing
@@ -28,6 +30,8 @@ Record = dict[str, Any]
 # Largest relative Frobenius error against the reference: the one that the README promises.
 TOLERANCE = 2.5e-3
 _CHECKED_TOKENS = 4
+# What tells one point from another.
+_POINT = ("device", "backend", "shape", "scheme", "routing", "tokens")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,25 @@ def make_record(
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def read_records(path: Path) -> list[Record]:
+    """What an earlier run wrote; raises FormatError for a file of something else."""
+    found = json.loads(path.read_text())
+    if not isinstance(found, list) or not all(set(_POINT) <= set(r) for r in found):
+        raise FormatError(f"{path}: expected an array of bench's records; choose another --output")
+    return found
+
+
+def merge(kept: list[Record], new: list[Record]) -> list[Record]:
+    """Records of both, in the order they came; a new one replaces that of the same point.
+
+    >>> here, there = ({name: at for name in _POINT} for at in (1, 2))
+    >>> [r.get("us") for r in merge([here | {"us": 5}, there], [here | {"us": 4}])]
+    [4, None]
+    """
+    points = {tuple(r[name] for name in _POINT): r for r in (*kept, *new)}
+    return list(points.values())
 
 
 def is_right(record: Record) -> bool:

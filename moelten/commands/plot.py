@@ -17,10 +17,12 @@ _MARKERS = "osD^vPX"
 _ROOF = "0.35"
 # Points closer than this, as a ratio of intensities, share one label.
 _SAME_PLACE = 1.3
+# Shapes side by side, at most.
+_COLUMNS = 4
 
 
 def draw(records: list[Record], path: Path) -> None:
-    """Write a PNG with a column of panels per (shape, routing); needs matplotlib."""
+    """Write a PNG with a roofline per (shape, routing), and its share of the floor beneath."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,43 +32,57 @@ def draw(records: list[Record], path: Path) -> None:
     for record in records:
         groups.setdefault((record["shape"], record["routing"]), []).append(record)
     names = list(dict.fromkeys(_series(r) for r in records))
+    bands = -(-len(groups) // _COLUMNS)
+    columns = -(-len(groups) // bands)
     figure, axes = pyplot.subplots(
-        *(2, len(groups)),
-        figsize=(max(5.0 * len(groups), 6.5), 8.0),
-        height_ratios=(3, 2),
+        *(2 * bands, columns),
+        figsize=(max(5.0 * columns, 6.5), 8.0 * bands),
+        height_ratios=(3, 2) * bands,
         sharey="row",
         squeeze=False,
         layout="constrained",
     )
-    for column, ((shape, routing), group) in enumerate(groups.items()):
-        upper, lower = axes[:, column]
-        first = group[0]
-        upper.set_title(
-            f"{shape}, {routing} routing\n{first['num_experts']} experts, top-{first['top_k']}, "
-            f"H={first['hidden_size']}, I={first['intermediate_size']}",
-            fontsize=11,
-        )
+    panels = [pair for band in range(bands) for pair in axes[2 * band : 2 * band + 2].T]
+    for pair in panels[len(groups) :]:
+        for empty in pair:
+            empty.remove()
+    for (upper, lower), group in zip(panels, groups.values(), strict=False):
         _draw_roofs(upper, records)
-        for index, name in enumerate(names):
-            points = sorted((r for r in group if _series(r) == name), key=lambda r: r["tokens"])
-            style: dict[str, Any] = {
-                "color": _COLOURS[index % len(_COLOURS)],
-                "marker": _MARKERS[index % len(_MARKERS)],
-            }
-            tokens, reached = [r["tokens"] for r in points], [r["tflops"] for r in points]
-            upper.plot([intensity(r) for r in points], reached, **style)
-            label = {"label": name} if column == 0 else {}
-            lower.plot(tokens, [r["percent_of_floor"] for r in points], **style, **label)
-        for text, x, y in place_labels(group):
-            _annotate(upper, text, (x, y), (5, -13), "left")
-        _label_axes(upper, lower)
-    axes[0, 0].set(ylabel="TFLOP/s", ylim=(min(r["tflops"] for r in records) / 2, None))
+        _draw_layer(upper, lower, group, names)
     highest = max(r["percent_of_floor"] for r in records)
-    axes[1, 0].set(ylabel="% of the floor", ylim=(0, 1.05 * max(highest, 100)))
-    figure.suptitle(f"{first['device']}, torch {first['torch']}, {first['date'][:10]}", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=min(len(names), 4), frameon=False)
+    for upper, lower in axes[:, 0].reshape(bands, 2):
+        upper.set(ylabel="TFLOP/s", ylim=(min(r["tflops"] for r in records) / 2, None))
+        lower.set(ylabel="% of the floor", ylim=(0, 1.05 * max(highest, 100)))
+    where = f"{records[0]['device']}, torch {records[0]['torch']}, {records[0]['date'][:10]}"
+    figure.suptitle(where, fontsize=11)
+    handles = {line.get_label(): line for _, lower in panels for line in lower.lines}
+    series = {"handles": [handles[name] for name in names], "labels": names}
+    figure.legend(**series, loc="outside lower center", ncols=min(len(names), 4), frameon=False)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _draw_layer(upper: Any, lower: Any, group: list[Record], names: list[str]) -> None:
+    """One layer's points in both of its panels; `names` of all series give each its colour."""
+    first = group[0]
+    upper.set_title(
+        f"{first['shape']}, {first['routing']} routing\n{first['num_experts']} experts, "
+        f"top-{first['top_k']}, H={first['hidden_size']}, I={first['intermediate_size']}",
+        fontsize=11,
+    )
+    for name in dict.fromkeys(_series(r) for r in group):
+        index = names.index(name)
+        points = sorted((r for r in group if _series(r) == name), key=lambda r: int(r["tokens"]))
+        style: dict[str, Any] = {
+            "color": _COLOURS[index % len(_COLOURS)],
+            "marker": _MARKERS[index % len(_MARKERS)],
+        }
+        upper.plot([intensity(r) for r in points], [r["tflops"] for r in points], **style)
+        reached = [r["percent_of_floor"] for r in points]
+        lower.plot([r["tokens"] for r in points], reached, **style, label=name)
+    for text, x, y in place_labels(group):
+        _annotate(upper, text, (x, y), (5, -13), "left")
+    _label_axes(upper, lower)
 
 
 def intensity(record: Record) -> float:
