@@ -5,7 +5,7 @@ Every file with tests marked `gpu`, and the suites of the Triton kernels, which 
 themselves, run side by side, a few tests per process: compiling is what takes the time. What does
 not run is named: a file that cannot be imported (an extra is missing) is a failure, skipped tests
 come with their reason. The report is rewritten after each process, so a run that is cut short
-loses nothing.
+loses nothing. At the end compute-sanitizer looks at a sample, where the machine allows it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -97,6 +98,25 @@ def summary(report: Any) -> dict[str, Any]:
     }
 
 
+def memcheck() -> dict[str, Any]:
+    """What compute-sanitizer says of `memcheck.py`; not every machine lets it run."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "memcheck.py")]
+    command = ["compute-sanitizer", "--tool", "memcheck", *script]
+    if shutil.which(command[0]) is None:
+        return {"ran": False, "why": "compute-sanitizer is not installed"}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=False, env=env, stdout=-1, stderr=-2, text=True)
+    lines = done.stdout.splitlines()
+    found = [re.match(r"=+ ERROR SUMMARY: (\d+) error", line) for line in lines]
+    errors = [int(match[1]) for match in found if match]
+    if done.returncode or errors != [0]:
+        print(done.stdout, flush=True)
+    cases = [line for line in lines if re.match(r"\w+ \w+ T=\d+$", line)]
+    ran = bool(errors) and not done.returncode
+    why = {} if ran else {"why": " ".join(lines[-3:])}
+    return {"ran": ran, "errors": sum(errors), "cases": cases, **why}
+
+
 def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
     """The counts and names of two runs."""
     joined = {"skipped", "not_imported"}
@@ -136,6 +156,7 @@ def main(target: Path) -> int:
     files = [[Path(a).name for a in arguments] for arguments in work]
     runs = [dict(EMPTY) for _ in work]
     with ThreadPoolExecutor(WORKERS) as pool:
+        sample = pool.submit(memcheck)
         pending = {
             pool.submit(run, share, WORKERS): index
             for index, parts in enumerate(pool.map(shares, work))
@@ -158,9 +179,13 @@ def main(target: Path) -> int:
                 "runs": [{"command": c} | r for c, r in zip(files, runs, strict=True)],
             }
             target.write_text(json.dumps(record, indent=1) + "\n")
+    checked = sample.result()
+    target.write_text(json.dumps(record | {"memcheck": checked}, indent=1) + "\n")
+    print("memcheck:", "ran" if checked["ran"] else checked["why"], checked.get("errors"))
     for name, r in zip(files, runs, strict=True):
         print(f"{r['tests']:5} {len(r['failed']):3} failed  {name[-1]}")
-    return int(any(r["failed"] or not r["tests"] for r in runs))
+    failed = any(r["failed"] or not r["tests"] for r in runs)
+    return int(failed or bool(checked.get("errors")))
 
 
 if __name__ == "__main__":

@@ -28,16 +28,16 @@ def make(name: str, seed: int = 0) -> tuple[Any, Any, Any]:
     """Random packed experts, x and routing on the GPU."""
     import torch
 
-    import moelten
     from moelten.commands.bench_workload import Shape, derive_experts, make_draw, random_expert
     from moelten.formats import scheme
+    from moelten.moe import pack_stream
 
     experts, hidden, inter, top_k = SHAPES[name]
     shape, which = Shape(name, hidden, inter, experts, top_k), scheme("mxfp4_bf16")
     generator = torch.Generator("cuda").manual_seed(seed)
     spec = shape.spec(which)
     made = derive_experts(random_expert(spec, generator), experts)
-    packed = moelten.pack_stream(spec, made, device="cuda")
+    packed = pack_stream(spec, made, device="cuda")
     draw = make_draw(which, shape, 4, "uniform", generator)
     torch.cuda.synchronize()
     return packed, draw.x, draw.routing

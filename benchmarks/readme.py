@@ -1,7 +1,7 @@
 """Write the README's speed tables from benchmarks/results/*.json: `python benchmarks/readme.py`.
 
 A result file is what `moelten bench --output` wrote: one from a CPU becomes a table beside its
-baseline, one from a GPU a table per shape, and the picture of the same name if there is one. What
+baseline, one from a GPU a table, and the picture of the same name if there is one. What
 `ragged.py` and `host.py` wrote becomes a sentence each. Other JSON files (reports) are left alone.
 """
 
@@ -17,6 +17,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- bench:begin -->\n", "<!-- bench:end -->\n"
 
 Record = dict[str, Any]
+GPU_TIMES = (
+    "microseconds per call (percent of the floor), median of CUDA graph replays over cold weights; "
+    "routing is uniform unless named. The floor is the larger of two times: reading the active "
+    "experts' packed bytes, and the useful FLOPs at the matrix rate of the activations' type."
+)
 
 
 def speed_section(results: Path) -> str:
@@ -25,10 +30,12 @@ def speed_section(results: Path) -> str:
     runs = {path: run for path, run in found.items() if _is_run(run)}
     runs = {path: run for path, run in runs.items() if "aligned_us" not in run[0]}
     gpus = [gpu_tables(run, path) for path, run in runs.items() if run[0]["gpu"]]
+    names = dict.fromkeys(run[0]["gpu"] for run in runs.values() if run[0]["gpu"])
+    intro = [f"Whole MoE on one {name}: {GPU_TIMES}\n" for name in names]
     ragged = [ragged_line(run) for run in found.values() if _is_run(run, "aligned_us")]
     host = [host_line(record) for record in found.values() if "call_us" in record]
     cpus = [cpu_table(run) for run in runs.values() if not run[0]["gpu"]]
-    return "\n".join(gpus + ragged + host + cpus)
+    return "\n".join(intro + gpus + ragged + host + cpus)
 
 
 def _is_run(found: Any, field: str = "percent_of_floor") -> bool:
@@ -61,20 +68,10 @@ def host_line(record: Record) -> str:
 
 
 def gpu_tables(records: list[Record], path: Path) -> str:
-    """Markdown of one `moelten bench --device cuda` run, which was written to `path`."""
+    """Markdown of one or more `moelten bench --device cuda` runs, which were written to `path`."""
     first = records[0]
-    lines = [
-        f"Whole MoE on one {first['gpu']}: microseconds per call (percent of the floor), median of "
-        "CUDA graph replays over cold weights. The floor is the larger of two times: reading the "
-        "active experts' packed bytes, and the useful FLOPs at the matrix rate of the activations' "
-        "type.",
-        "",
-    ]
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for r in records:
-        groups.setdefault((r["shape"], r["routing"]), []).append(r)
-    for (shape, routing), group in groups.items():
-        lines += [f"{shape}: {_sizes(group[0])}, {routing} routing.", "", *_grid(group), ""]
+    shapes = {r["shape"]: f"{r['shape']}: {_sizes(r)}" for r in records}
+    lines = [*_grid(records), "", f"{'; '.join(shapes.values())}.", ""]
     kinds = dict.fromkeys(r["mma_type"] for r in records)
     rates = [
         f"{kind} {_range((r['mma_tflops'] for r in records if r['mma_type'] == kind), 0)}"
@@ -87,7 +84,7 @@ def gpu_tables(records: list[Record], path: Path) -> str:
         f"{max(r['rel_error'] for r in records):.1e}. torch {first['torch']}, Triton "
         f"{first['triton']}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, commit "
         f"{', '.join(dict.fromkeys(_short(r['commit']) for r in records))}. "
-        f"To repeat it: {', '.join(f'`{command}`' for command in _commands(records))}."
+        f"{_command(records)}"
     )
     picture = path.with_suffix(".png")
     if picture.exists():
@@ -97,17 +94,19 @@ def gpu_tables(records: list[Record], path: Path) -> str:
 
 
 def _grid(records: list[Record]) -> list[str]:
-    """Rows of a table: a scheme each, a column per number of tokens."""
+    """Rows of a table: a layer, scheme and backend each, a column per number of tokens."""
     tokens = sorted({r["tokens"] for r in records})
-    cells = {(r["scheme"], r["backend"], r["tokens"]): r for r in records}
     rows = [
-        "| scheme | backend | " + " | ".join(f"T={count}" for count in tokens) + " |",
-        "|---" * (2 + len(tokens)) + "|",
+        "| layer | scheme | backend | " + " | ".join(f"T={count}" for count in tokens) + " |",
+        "|---" * (3 + len(tokens)) + "|",
     ]
-    for scheme, backend in dict.fromkeys((r["scheme"], r["backend"]) for r in records):
-        row = (cells.get((scheme, backend, count)) for count in tokens)
-        texts = (f"{r['us']:.0f} ({r['percent_of_floor']:.0f} %)" if r else "" for r in row)
-        rows.append(f"| `{scheme}` | {backend} | " + " | ".join(texts) + " |")
+    cells: dict[tuple[str, ...], dict[int, str]] = {}
+    for r in records:
+        layer = r["shape"] if r["routing"] == "uniform" else f"{r['shape']}, {r['routing']} routing"
+        row = cells.setdefault((layer, f"`{r['scheme']}`", r["backend"]), {})
+        row[r["tokens"]] = f"{r['us']:.0f} ({r['percent_of_floor']:.0f} %)"
+    for names, times in cells.items():
+        rows.append("| " + " | ".join([*names, *(times.get(t, "") for t in tokens)]) + " |")
     return rows
 
 
@@ -157,19 +156,16 @@ def _range(values: Iterable[float], digits: int = 2) -> str:
     return " to ".join(dict.fromkeys((texts[0], texts[-1])))
 
 
-def _commands(records: list[Record]) -> list[str]:
-    """Command lines that measure the same points: one for shapes with the same other options."""
-    runs: dict[tuple[str, ...], list[str]] = {}
-    for shape, routing in dict.fromkeys((r["shape"], r["routing"]) for r in records):
-        group = [r for r in records if (r["shape"], r["routing"]) == (shape, routing)]
-        names = ("backend", "scheme", "tokens", "routing")
-        options = tuple(",".join(dict.fromkeys(str(r[name]) for r in group)) for name in names)
-        runs.setdefault(options, []).append(shape)
-    return [
-        f"moelten bench --shape {','.join(shapes)} --scheme {schemes} --tokens {tokens} "
-        f"--routing {routing} --backend {backend}"
-        for (backend, schemes, tokens, routing), shapes in runs.items()
-    ]
+def _command(records: list[Record]) -> str:
+    """The command line that measures the first layer with its routing, and what that is of all."""
+    first = records[0]
+    group = [r for r in records if (r["shape"], r["routing"]) == (first["shape"], first["routing"])]
+    options = (
+        f"--{name} {','.join(dict.fromkeys(str(r[name]) for r in group))}"
+        for name in ("shape", "scheme", "tokens", "routing", "backend")
+    )
+    what = "it" if len(group) == len(records) else "the first layer"
+    return f"`moelten bench {' '.join(options)}` repeats {what}."
 
 
 def with_tables(readme: str, results: Path = RESULTS) -> str:

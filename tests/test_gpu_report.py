@@ -48,6 +48,28 @@ def test_nothing_is_left_out_in_silence(script, tmp_path):
     assert "nothing_of_this_name" in found["skipped"]["tests.test_optional"]
 
 
+@pytest.mark.parametrize(
+    "printed, code, wanted",
+    [
+        ("hopper a_b T=3\n========= ERROR SUMMARY: 0 errors\n", 0, (True, 0)),
+        ("hopper a_b T=3\n========= ERROR SUMMARY: 2 errors\n", 0, (True, 2)),
+        ("hopper a_b T=3\n========= ERROR SUMMARY: 0 errors\n", 1, (False, 0)),
+        ("Device not supported\n", 0, (False, 0)),
+    ],
+)
+def test_memcheck_is_reported(script, tmp_path, monkeypatch, printed, code, wanted):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\nprintf '{printed}'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = script.memcheck()
+    assert (found["ran"], found["errors"]) == wanted
+    assert found["cases"] == (["hopper a_b T=3"] if "T=3" in printed else [])
+    assert found["ran"] or found["why"]
+    tool.unlink()
+    assert script.memcheck() == {"ran": False, "why": "compute-sanitizer is not installed"}
+
+
 def test_every_suite_of_the_kernels_is_run(script):
     names = {path.name for path in script.suites()}
     assert {"test_triton.py", "test_triton_fuzz.py", "test_triton_routing.py"} <= names

@@ -234,7 +234,7 @@ def test_same_bits_on_two_streams():
 
 
 EVERY = {
-    "few experts": (4, 1024, 768, 2),
+    "few experts": (4, 1024, 2048, 2),
     "many experts": (32, 2048, 768, 8),
 }
 
@@ -316,8 +316,8 @@ def test_repeated_launches():
         make_layer(scheme("int4g32_bf16"), 8, 512, 384, SwiGLU(), False, seed=5), backend="hopper"
     )
     x, routing = make_call(7, 8, 512, 2)
-    padded = torch.zeros(7 * 512 + 1, dtype=x.dtype, device="cuda")
-    odd = padded[1:].view(7, 512).copy_(x)  # an address that is no multiple of 16
+    padded = torch.zeros(7 * 512 + 4, dtype=x.dtype, device="cuda")
+    odd = padded[4:].view(7, 512).copy_(x)  # an address that is no multiple of 16
     wanted = reference.moe(x, weights, routing)
     out = moelten.fused_moe(x, first, routing)
     assert_matches(out, wanted)
@@ -332,6 +332,18 @@ def test_repeated_launches():
     same = x.clone()
     moelten.fused_moe(same, first, routing, out=same)
     assert torch.equal(same, out)
+
+
+def test_rows_of_words():
+    """Kernels read x in words of 4 bytes."""
+    weights = make_layer(scheme("mxfp4_bf16"), 2, 64, 64, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    x, routing = make_call(3, 2, 64, 1)
+    odd = torch.zeros(3 * 64 + 1, dtype=x.dtype, device="cuda")[1:].view(3, 64)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="x: expected an address that is a multiple of 4"):
+            moelten.fused_moe(odd, packed, routing)
+        moelten.fused_moe(x, packed, routing)
 
 
 def moved(routing: Routing) -> Routing:

@@ -46,7 +46,7 @@ def test_speed_tables_are_generated_from_the_results(generator):
     assert generator.with_tables(README) == README
 
 
-def test_results_of_a_gpu_become_a_table_per_shape(generator, tmp_path):
+def test_results_of_a_gpu_become_a_table(generator, tmp_path):
     results = ROOT / "benchmarks" / "results"
     for name in ("cpu.json", "gpu-tests.json"):
         (tmp_path / name).write_bytes((results / name).read_bytes())
@@ -62,10 +62,11 @@ def test_results_of_a_gpu_become_a_table_per_shape(generator, tmp_path):
     (tmp_path / "h200-triton.json").write_text(json.dumps(records))
     section = generator.speed_section(tmp_path)
     assert section.endswith("\n" + before) and section.startswith("Whole MoE on one NVIDIA H200: ")
-    assert "| scheme | backend | T=4 | T=64 | T=512 |\n|---|---|---|---|---|\n" in section
-    assert section.count("| `int4g32_bf16` | triton | 12 (62 %) | 12 (62 %) | 12 (62 %) |") == 1
-    assert "| `mxfp4_bf16` | triton | 346 (62 %) | 346 (62 %) |  |" in section
-    assert "\nA: E=32, H=2048, I=1024, top-4, uniform routing.\n" in section
+    heads = "| layer | scheme | backend | T=4 | T=64 | T=512 |\n|---|---|---|---|---|---|\n"
+    assert section.count(heads) == 1
+    assert section.count("| A | `int4g32_bf16` | triton | 12 (62 %) | 12 (62 %) | 12 (62 %) |") == 1
+    assert "| gpt-oss-120b | `mxfp4_bf16` | triton | 346 (62 %) | 346 (62 %) |  |" in section
+    assert "\nA: E=32, H=2048, I=1024, top-4; gpt-oss-120b: E=32" in section
     for fact in (
         "4.57 TB/s",
         f"torch {cpu[0]['torch']}",
@@ -76,6 +77,9 @@ def test_results_of_a_gpu_become_a_table_per_shape(generator, tmp_path):
     assert "![" not in section
     (tmp_path / "h200-triton.png").write_bytes(b"")
     assert "](benchmarks/results/h200-triton.png)" in generator.speed_section(tmp_path)
+    skewed = generator.gpu_tables([r | {"routing": "zipf"} for r in records], tmp_path / "x.json")
+    assert "| A, zipf routing | `int4g32_bf16` | triton | 12 (62 %) |" in skewed
+    assert "--routing zipf --backend triton` repeats the first layer." in skewed
     edited = [r | {"commit": f"{r['commit']}-dirty"} for r in records]
     assert f"{cpu[0]['commit'][:7]}-dirty" in generator.gpu_tables(edited, tmp_path / "x.json")
 

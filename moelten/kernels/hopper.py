@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moelten.errors import UnsupportedError
+from moelten.errors import FormatError, UnsupportedError
 from moelten.formats import Float
 from moelten.kernels.arena import ArenaBackend, Take
 from moelten.kernels.hopper_codes import storage
@@ -94,6 +94,11 @@ class HopperBackend(ArenaBackend):
         from moelten.kernels.hopper_plan import combine, plan_tiles
         from moelten.kernels.triton_epilogue import Epilogue
 
+        if x.data_ptr() % 4:
+            raise FormatError(
+                "x: expected an address that is a multiple of 4 (kernels read words), got "
+                f"{x.data_ptr():#x}; call x.clone()"
+            )
         spec, extras, ids, plan = experts.spec, experts.tensors, routing.ids, stages.plan
         where = (spec.num_experts, spec.first_expert)
         fmt, operand, pairs = spec.scheme.weights, spec.scheme.activations.name, ids.numel()
