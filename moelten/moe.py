@@ -213,9 +213,10 @@ def check_call(x: Tensor, experts: PackedExperts, routing: Routing) -> None:
         raise FormatError(
             f"routing is for {routing.ids.shape[0]} tokens, x has {x.shape[0]}: {_describe(x)}"
         )
+    packed_for = experts.device
     for name, device in (("x", x.device), ("routing", routing.ids.device)):
-        if device != experts.device:
-            raise FormatError(f"{name} is on {device}, the experts are packed for {experts.device}")
+        if device != packed_for:
+            raise FormatError(f"{name} is on {device}, the experts are packed for {packed_for}")
 
 
 def _is_watched(x: Tensor, weights: Tensor) -> bool:

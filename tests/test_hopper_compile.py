@@ -6,6 +6,7 @@ matrix instruction, nothing spills, no bytes are permuted, and a weight costs fe
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -26,6 +27,7 @@ from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_decode import decode_kernel
 from moelten.kernels.hopper_schedule import make_variant
+from moelten.kernels.launches import _NUMBERS, _SCRATCH, _is_plain, _kinds
 
 # Format, operand type, and the most instructions of the loop per weight at 8 tokens.
 CASES: dict[str, tuple[Format, str, float]] = {
@@ -128,6 +130,17 @@ def test_machine_code(name, block, tmp_path):
             # A step decodes 4 row groups of 16 rows by 64 columns: 128 weights per lane.
             if groups == 16:
                 assert len(body) / 128 <= budget, len(body)
+
+
+def test_parameters_are_those_of_a_recorded_launch():
+    """Names, order and sizes of a kernel's parameters, as `launches` takes them from Triton."""
+    kernel = compiled(*CASES["int4g64z"][:2], 8, 1, 2944)
+    assert _is_plain(kernel)
+    entry = kernel.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
+    found = re.findall(r"\.param \.(\w+)", entry)
+    sizes = {"u64": 8, "b64": 8, "u32": 4, "b32": 4, "f32": 4}
+    wanted = [8 if k[0] == "*" else ctypes.sizeof(_NUMBERS[k]) for k in _kinds(kernel).values()]
+    assert [sizes[kind] for kind in found] == wanted + [8] * _SCRATCH
 
 
 def test_the_schedule_fills_the_gpu():

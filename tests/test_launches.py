@@ -68,9 +68,13 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     found = Driver()
-    monkeypatch.setattr(launches, "_driver", lambda: found)
-    monkeypatch.setattr(launches, "_current_stream", lambda: 77)
+    monkeypatch.setattr(launches, "_driver", lambda: (found, lambda device: 70 + device))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
     return found
+
+
+def recorder() -> Launches:
+    return Launches(torch.device("cuda", 7))
 
 
 def memory():
@@ -87,7 +91,7 @@ def layer(kernels, tensors):
 
 def test_repeats_what_the_first_call_launched(driver):
     kernels = Kernel(11), Kernel(12, launch_pdl=False, num_warps=8)
-    calls, first = Launches(True), memory()
+    calls, first = recorder(), memory()
     calls.run(first, lambda: layer(kernels, first))
     assert [len(k.seen) for k in kernels] == [1, 1] and not driver.launches
     for tensors in (memory(), memory(), first):
@@ -106,26 +110,29 @@ def test_repeats_what_the_first_call_launched(driver):
 
 
 def test_follows_the_stream(driver, monkeypatch):
-    kernels, calls, tensors = (Kernel(1), Kernel(2)), Launches(True), memory()
+    kernels, calls, tensors = (Kernel(1), Kernel(2)), recorder(), memory()
     for stream in (77, 77, 5, 77):
-        monkeypatch.setattr(launches, "_current_stream", lambda stream=stream: stream)
+        monkeypatch.setattr(launches, "_driver", lambda s=stream: (driver, lambda device: s))
         calls.run(tensors, lambda: layer(kernels, tensors))
     assert [entry[3] for entry in driver.launches] == [77, 77, 5, 5, 77, 77]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)  # Triton, called, goes to its own
+    calls.run(tensors, lambda: layer(kernels, tensors))
+    assert [len(k.seen) for k in kernels] == [2, 2]
 
 
 def test_what_cannot_be_recorded_is_called_every_time(driver):
     tensors = memory()
     aliased = [tensors[0], tensors[1], tensors[0]]
     odd = [tensors[0][1:], *tensors[1:]]
-    ready = Launches(True)
+    ready = recorder()
     ready.run(tensors, lambda: layer((Kernel(1), Kernel(2)), tensors))
     for calls, where, special in (
-        (Launches(False), tensors, {}),
-        (Launches(True), aliased, {}),
-        (Launches(True), odd, {}),
+        (Launches(None), tensors, {}),
+        (recorder(), aliased, {}),
+        (recorder(), odd, {}),
         (ready, odd, {}),
-        (Launches(True), tensors, {"num_ctas": 2}),
-        (Launches(True), tensors, {"global_scratch_size": 8}),
+        (recorder(), tensors, {"num_ctas": 2}),
+        (recorder(), tensors, {"global_scratch_size": 8}),
     ):
         kernels = Kernel(1), Kernel(2, **special)
         for _ in range(2):
@@ -136,12 +143,12 @@ def test_what_cannot_be_recorded_is_called_every_time(driver):
 def test_foreign_memory_is_an_error(driver):
     tensors = memory()
     with pytest.raises(AssertionError, match="not the call's"):
-        Launches(True).run(tensors[:2], lambda: layer((Kernel(1), Kernel(2)), tensors))
+        recorder().run(tensors[:2], lambda: layer((Kernel(1), Kernel(2)), tensors))
     assert launches._RECORD.get() is None
 
 
 def test_errors_and_new_threads(driver):
-    kernels, calls, tensors = (Kernel(1), Kernel(2)), Launches(True), memory()
+    kernels, calls, tensors = (Kernel(1), Kernel(2)), recorder(), memory()
 
     def call():
         layer(kernels, tensors)
@@ -157,7 +164,7 @@ def test_errors_and_new_threads(driver):
 
 
 def test_threads_do_not_mix_addresses(driver):
-    kernels, calls, first = (Kernel(1), Kernel(2)), Launches(True), memory()
+    kernels, calls, first = (Kernel(1), Kernel(2)), recorder(), memory()
     calls.run(first, lambda: layer(kernels, first))
     own = [memory() for _ in range(4)]
 

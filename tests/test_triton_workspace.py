@@ -16,7 +16,7 @@ from metrics import assert_matches
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRET and not torch.cuda.is_available():
     pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 import moelten  # noqa: E402
 from moelten import reference  # noqa: E402
@@ -164,7 +164,7 @@ LAYERS = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 9, 300])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_nothing_is_allocated(layer, tokens):
+def test_nothing_is_allocated(layer, tokens, monkeypatch):
     name, changes = LAYERS[layer]
     _, experts, x, routing = make(name, tokens, **changes)
     workspace, out = filled(needed(experts, tokens)), torch.empty_like(x)
@@ -174,6 +174,13 @@ def test_nothing_is_allocated(layer, tokens):
         after = torch.cuda.memory_stats()
         for count in ("allocation.all.allocated", "segment.all.allocated", "num_alloc_retries"):
             assert after[count] == before[count], count
+    wanted = out.clone()
+    with monkeypatch.context() as without:  # the launches are repeated, not made again
+        without.setattr(triton.JITFunction, "run", pytest.fail)
+        for value in (0, 0xFF):
+            out.fill_(torch.nan), workspace.fill_(value)
+            moelten.fused_moe(x, experts, routing, out=out, workspace=workspace)
+            assert torch.equal(out, wanted)
     # The counter counts: without a workspace there is an allocation.
     moelten.fused_moe(x, experts, routing, out=out)
     assert torch.cuda.memory_stats()["allocation.all.allocated"] > after["allocation.all.allocated"]

@@ -99,9 +99,7 @@ def split_tokens(routing: Routing, step: int) -> Iterator[tuple[slice, Routing]]
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
     """Launch there: Triton launches on torch's current GPU, whichever holds the tensors."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class ArenaBackend(ABC):
@@ -144,9 +142,8 @@ class ArenaBackend(ABC):
                 f"{workspace.data_ptr():#x}; cut it from its allocation at such a multiple"
             )
         memory = (x, ids, weights, out, workspace, *experts.tensors.values())
-        with on_device(x.device):
-            chunks = partial(self._run_chunks, call.step, x, experts, routing, out, workspace)
-            call.launches.run(memory, chunks)
+        chunks = partial(self._run_chunks, call.step, x, experts, routing, out, workspace)
+        call.launches.run(memory, chunks)
 
     def _run_chunks(
         self,
@@ -160,7 +157,8 @@ class ArenaBackend(ABC):
         for part, chunk in split_tokens(routing, step):
             take, size = Arena(workspace).take, chunk.num_tokens
             stages = self.lay_out(take, experts.spec, size, chunk.top_k, chunk.on_input)
-            self.run_chunk(x[part], experts, chunk, stages, out[part])
+            with on_device(x.device):
+                self.run_chunk(x[part], experts, chunk, stages, out[part])
 
     def own_chunk(self, spec: ExpertSpec, routing: Routing) -> int:
         """How many tokens run at once where the caller gives no workspace."""
@@ -215,5 +213,7 @@ def _prepare(
 ) -> _Call:
     """What follows from sizes. types: dtypes and the device; limit: bytes of a workspace."""
     step = _chunk(backend, spec, tokens, top_k, on_input, limit)
-    recordable = types[-1].type == "cuda" and torch.version.hip is None
-    return _Call(step, _measure(backend, spec, step, top_k, on_input), Launches(recordable))
+    device = types[-1]
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    size = _measure(backend, spec, step, top_k, on_input)
+    return _Call(step, size, Launches(device if nvidia else None))

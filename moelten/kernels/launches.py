@@ -19,13 +19,14 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # What Triton takes for granted of all addresses or of none: its code may differ between the two.
 _ALIGNMENT = 16
 _NO_CONTEXT = 201
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_SCRATCH = 2  # pointers behind a kernel's own, which Triton adds and these kernels do not use
+_SCRATCH = 2  # null pointers behind a kernel's own, which Triton adds and these kernels do not use
 _NUMBERS: dict[str, Any] = {
     "i1": ctypes.c_int8,
     "i32": ctypes.c_int32,
@@ -66,27 +67,28 @@ class _Config(ctypes.Structure):
 class _Launch:
     """One launch, as the driver takes it.
 
-    addresses: of its tensors, in an array; places: which tensor of the call each is in, and where
+    slots: where the address that each pointer has now will be found, and a null pointer under 0
     """
 
     def __init__(
-        self, compiled: Any, grid: tuple[int, ...], values: dict[str, Any], find: Any
+        self, compiled: Any, grid: tuple[int, ...], values: dict[str, Any], slots: dict[int, int]
     ) -> None:
         facts, kinds = compiled.metadata, _kinds(compiled)
-        self.compiled, function = compiled, ctypes.c_void_p(compiled.function)
         attribute = ctypes.pointer(_Attribute(_SERIALIZATION, 0, (1,)))
         shape = (*grid, 1, 1)[:3], (32 * facts.num_warps, 1, 1), facts.shared
+        self.compiled = compiled
         self.config = _Config(*shape, None, attribute, int(facts.launch_pdl))
-        pointers = [name for name, kind in kinds.items() if kind[0] == "*"]
-        self.places = [find(values[name].data_ptr()) for name in pointers]
-        self.addresses = (ctypes.c_uint64 * (len(pointers) + _SCRATCH))()
-        self.numbers = [_NUMBERS[k](values[n]) for n, k in kinds.items() if n not in pointers]
-        numbers, start = iter(self.numbers), ctypes.addressof(self.addresses)
-        where = {name: start + 8 * index for index, name in enumerate(pointers)}
-        parts = [where.get(n) or ctypes.addressof(next(numbers)) for n in kinds]
-        parts += [start + 8 * (len(pointers) + index) for index in range(_SCRATCH)]
-        self.parameters = (ctypes.c_void_p * len(parts))(*parts)
-        self.arguments = ctypes.byref(self.config), function, self.parameters, None
+        self.numbers, places = [], []
+        for name, kind in kinds.items():
+            if kind[0] == "*":
+                places.append(slots[values[name].data_ptr()])
+            else:
+                self.numbers.append(_NUMBERS[kind](values[name]))
+                places.append(ctypes.addressof(self.numbers[-1]))
+        places += [slots[0]] * _SCRATCH
+        parameters = (ctypes.c_void_p * len(places))(*places)
+        function = ctypes.c_void_p(compiled.function)
+        self.arguments = ctypes.byref(self.config), function, parameters, None
 
 
 def _kinds(compiled: Any) -> dict[str, str]:
@@ -108,50 +110,55 @@ def _is_plain(compiled: Any) -> bool:
 class Launches:
     """What calls of one kind launch: the same on every memory.
 
-    recordable: whether they run on an NVIDIA GPU
+    device: the NVIDIA GPU that they run on, None for any other place, where nothing is recorded
     """
 
-    def __init__(self, recordable: bool) -> None:
-        self._launches: list[_Launch] | None = None
-        self._recordable = recordable
-        self._filled: tuple[list[int], int] = ([], 0)
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = None if device is None else device.index
+        self._launches: list[_Launch] = []
+        self._places: list[tuple[int, int]] = []
+        self._addresses: Any = None
+        self._filled: list[int] = []
+        self._stream: int | None = None
         self._lock = threading.Lock()
 
     def run(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
-        """Launch what `call` launches, on the current stream of the current GPU.
+        """Launch what `call` launches, on the current stream of the GPU.
 
         memory: every tensor that the launches read or write, contiguous, of the same sizes and
                 types every time
         call:   launches on this memory; it is called until what it does is recorded
         """
         addresses = [tensor.data_ptr() for tensor in memory]
-        if self._launches is None or not self._repeat(addresses):
-            if self._recordable and _distinct(memory):
-                self._record(memory, call)
-            else:
-                call()
+        if self._launches and self._repeat(addresses):
+            return
+        if self._device is not None and _are_distinct(memory):
+            self._record(memory, call)
+        else:
+            call()
 
     def _repeat(self, addresses: list[int]) -> bool:
         """Launch on these addresses; False where that takes another call of Triton's."""
-        launches = self._launches or []
-        stream = _current_stream()
+        if torch.cuda.current_device() != self._device:
+            return False
+        run, current_stream = _driver()
+        stream = current_stream(self._device)
         with self._lock:
-            if (addresses, stream) != self._filled:
-                if not _aligned(addresses):
+            if addresses != self._filled:
+                if not _are_aligned(addresses):
                     return False
-                for entry in launches:
+                self._addresses[:-1] = [addresses[tensor] + at for tensor, at in self._places]
+                self._filled = addresses
+            if stream != self._stream:
+                for entry in self._launches:
                     entry.config.stream = stream
-                    for index, (tensor, offset) in enumerate(entry.places):
-                        entry.addresses[index] = addresses[tensor] + offset
-                self._filled = (addresses, stream)
-            run = _driver()
-            for index, entry in enumerate(launches):
+                self._stream = stream
+            for entry in self._launches:
                 if status := run(*entry.arguments):
-                    if status == _NO_CONTEXT and not index:  # a new thread: Triton gives it one
-                        return False
-                    raise RuntimeError(
-                        f"CUDA error {status} at the launch of {entry.compiled.name}"
-                    )
+                    if status == _NO_CONTEXT and entry is self._launches[0]:
+                        return False  # a new thread, to which Triton gives one
+                    name = entry.compiled.name
+                    raise RuntimeError(f"CUDA error {status} at the launch of {name}")
         return True
 
     def _record(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
@@ -161,39 +168,50 @@ class Launches:
             record = _RECORD.get() or []
         finally:
             _RECORD.reset(token)
+        if not all(_is_plain(compiled) for compiled, *_ in record):
+            self._device = None
+            return
+        pointers = dict.fromkeys(
+            values[name].data_ptr()
+            for compiled, _, values in record
+            for name, kind in _kinds(compiled).items()
+            if kind[0] == "*"
+        )
+        pointers.pop(0, None)  # of a tensor without elements
+        places = [_find(pointer, memory) for pointer in pointers]
+        addresses = (ctypes.c_uint64 * (len(places) + 1))()
+        slots = {p: ctypes.addressof(addresses) + 8 * i for i, p in enumerate((*pointers, 0))}
+        launches = [_Launch(compiled, grid, values, slots) for compiled, grid, values in record]
+        with self._lock:
+            self._filled, self._stream = [], None
+            self._addresses, self._places = addresses, places
+            self._launches = launches
 
-        def find(address: int) -> tuple[int, int]:
-            for index, tensor in enumerate(memory):
-                offset = address - tensor.data_ptr()
-                if 0 <= offset < tensor.nbytes:
-                    return index, offset
-            raise AssertionError("a kernel was launched on memory that is not the call's")
 
-        self._recordable = all(_is_plain(compiled) for compiled, *_ in record)
-        if self._recordable:
-            self._launches = [
-                _Launch(kernel, grid, values, find) for kernel, grid, values in record
-            ]
+def _find(pointer: int, memory: Sequence[Tensor]) -> tuple[int, int]:
+    """Which tensor of the call an address is in, and how many bytes from its start."""
+    for index, tensor in enumerate(memory):
+        offset = pointer - tensor.data_ptr()
+        if 0 <= offset < tensor.nbytes:
+            return index, offset
+    raise AssertionError("a kernel was launched on memory that is not the call's")
 
 
-def _aligned(addresses: list[int]) -> bool:
+def _are_aligned(addresses: list[int]) -> bool:
     return not any(address % _ALIGNMENT for address in addresses)
 
 
-def _distinct(memory: Sequence[Tensor]) -> bool:
+def _are_distinct(memory: Sequence[Tensor]) -> bool:
     """Whether every address belongs to one tensor, and all are aligned."""
     spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in memory)
     apart = all(start + size <= after for (start, size), (after, _) in pairwise(spans))
-    return apart and _aligned([start for start, _ in spans])
-
-
-def _current_stream() -> int:
-    from triton.runtime import driver
-
-    active: Any = driver.active
-    return int(active.get_current_stream(active.get_current_device()))
+    return apart and _are_aligned([start for start, _ in spans])
 
 
 @cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+def _driver() -> tuple[Any, Any]:
+    """The driver's launch, and Triton's way to ask for a GPU's current stream."""
+    from triton.runtime import driver
+
+    active: Any = driver.active
+    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx, active.get_current_stream
