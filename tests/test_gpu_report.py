@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,11 @@ def test_nothing_is_left_out_in_silence(script, tmp_path):
 @pytest.mark.parametrize(
     "printed, code, wanted",
     [
-        ("hopper a_b T=3\n========= ERROR SUMMARY: 0 errors\n", 0, (True, 0)),
-        ("hopper a_b T=3\n========= ERROR SUMMARY: 2 errors\n", 0, (True, 2)),
-        ("hopper a_b T=3\n========= ERROR SUMMARY: 0 errors\n", 1, (False, 0)),
-        ("Device not supported\n", 0, (False, 0)),
+        ("hopper a_b T=3\n========= ERROR SUMMARY: 0 errors\n", 0, (True, True, 0)),
+        ("hopper a_b T=3\n========= ERROR SUMMARY: 2 errors\n", 0, (True, False, 2)),
+        ("hopper a_b T=3\n========= ERROR SUMMARY: 0 errors\n", 1, (True, False, 0)),
+        ("hopper a_b T=3\nTraceback\n", 1, (True, False, 0)),
+        ("========= Error: Device not supported\n", 1, (False, None, None)),
     ],
 )
 def test_memcheck_is_reported(script, tmp_path, monkeypatch, printed, code, wanted):
@@ -63,8 +65,8 @@ def test_memcheck_is_reported(script, tmp_path, monkeypatch, printed, code, want
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     found = script.memcheck()
-    assert (found["ran"], found["errors"]) == wanted
-    assert found["cases"] == (["hopper a_b T=3"] if "T=3" in printed else [])
+    assert (found["ran"], found.get("passed"), found.get("errors")) == wanted
+    assert found.get("cases", []) == (["hopper a_b T=3"] if "T=3" in printed else [])
     assert found["ran"] or found["why"]
     tool.unlink()
     assert script.memcheck() == {"ran": False, "why": "compute-sanitizer is not installed"}
@@ -96,3 +98,27 @@ def test_shares_hold_every_test_once(script, tmp_path, monkeypatch):
     }
     lost = ["-m", "gpu", str(tmp_path / "tests" / "test_lost.py")]
     assert script.shares(lost) == [lost]
+
+
+def test_the_report(script, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    files = [["-m", "gpu", str(tmp_path / "tests" / name)] for name in FILES]
+    checked = {"ran": True, "passed": True, "errors": 0, "cases": ["hopper a T=1"]}
+    monkeypatch.setenv("COMMIT", "abc")
+    monkeypatch.setattr(script, "_SHARE", 2)
+    monkeypatch.setattr(script, "jobs", lambda: files)
+    monkeypatch.setattr(script, "memcheck", lambda: checked)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    assert script.main(tmp_path / "report.json") == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["commit"], report["gpu"], report["memcheck"]) == ("abc", "a GPU", checked)
+    assert (report["tests"], report["failed"], report["unfinished"]) == (3, 2, [])
+    assert [r["command"][-1] for r in report["runs"]] == list(FILES)
+    monkeypatch.setattr(script, "jobs", lambda: [[*files[-1], "-k", "good"]])
+    assert script.main(tmp_path / "report.json") == 0
+    for checked, code in (
+        (checked | {"passed": False}, 1),
+        ({"ran": False, "why": "compute-sanitizer is not installed"}, 0),
+    ):
+        monkeypatch.setattr(script, "memcheck", lambda checked=checked: checked)
+        assert script.main(tmp_path / "report.json") == code
