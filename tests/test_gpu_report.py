@@ -116,9 +116,9 @@ def test_the_report(script, tmp_path, monkeypatch):
     assert [r["command"][-1] for r in report["runs"]] == list(FILES)
     monkeypatch.setattr(script, "jobs", lambda: [[*files[-1], "-k", "good"]])
     assert script.main(tmp_path / "report.json") == 0
-    for checked, code in (
+    for found, code in (
         (checked | {"passed": False}, 1),
         ({"ran": False, "why": "compute-sanitizer is not installed"}, 0),
     ):
-        monkeypatch.setattr(script, "memcheck", lambda checked=checked: checked)
+        monkeypatch.setattr(script, "memcheck", lambda found=found: found)
         assert script.main(tmp_path / "report.json") == code
