@@ -6,6 +6,8 @@ import ctypes
 import re
 import struct
 import threading
+import time
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +51,7 @@ class Driver:
         self.launches, self.statuses = [], []
 
     def __call__(self, config, function, parameters, extra):
+        time.sleep(0)  # other threads run, as they may during the call of a library
         raw = ctypes.string_at(ctypes.addressof(config._obj), 56)
         *shape, shared = struct.unpack_from("7I", raw)
         stream, attributes, count = struct.unpack_from("QQI", raw, 32)
@@ -115,9 +118,25 @@ def test_follows_the_stream(driver, monkeypatch):
         monkeypatch.setattr(launches, "_driver", lambda s=stream: (driver, lambda device: s))
         calls.run(tensors, lambda: layer(kernels, tensors))
     assert [entry[3] for entry in driver.launches] == [77, 77, 5, 5, 77, 77]
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 6)  # Triton, called, goes to its own
+
+
+def test_goes_to_its_gpu(driver, monkeypatch):
+    kernels, calls, tensors, current = (Kernel(1), Kernel(2)), recorder(), memory(), [7]
+
+    @contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
     calls.run(tensors, lambda: layer(kernels, tensors))
-    assert [len(k.seen) for k in kernels] == [2, 2]
+    found = []
+    monkeypatch.setattr(launches, "_driver", lambda: (lambda *_: found.append(current[-1]), int))
+    current[0] = 6
+    calls.run(tensors, pytest.fail)
+    assert found == [7, 7] and current == [6]
 
 
 def test_what_cannot_be_recorded_is_called_every_time(driver):

@@ -140,7 +140,8 @@ class Launches:
     def _repeat(self, addresses: list[int]) -> bool:
         """Launch on these addresses; False where that takes another call of Triton's."""
         if torch.cuda.current_device() != self._device:
-            return False
+            with torch.cuda.device(self._device):
+                return self._repeat(addresses)
         run, current_stream = _driver()
         stream = current_stream(self._device)
         with self._lock:
