@@ -121,7 +121,7 @@ def workspace_bytes(
     """Bytes of the workspace with which `fused_moe` runs so many tokens at once.
 
     Never less for more tokens, so one workspace for the largest batch serves all. on_input and
-    backend as in the call. Without a workspace a call allocates this much, up to 2 GiB. 0 on CPUs.
+    backend as in the call. Without a workspace a call allocates this much, up to 4 GiB. 0 on CPUs.
 
     >>> from moelten import ExpertWeights, MXFP4
     >>> w13, w2 = torch.randn(4, 64, 32), torch.randn(4, 32, 32)

@@ -15,7 +15,7 @@ import moelten
 from moelten import GPT_OSS, SwiGLU, reference
 from moelten.formats import BF16, FP16, MXFP4, Float, Int4, Scheme, scheme
 from moelten.kernels.hopper_codes import storage
-from moelten.kernels.hopper_schedule import block_of, make_variant
+from moelten.kernels.hopper_schedule import block_of, choose_wide, make_variant
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
 
@@ -264,27 +264,35 @@ def test_every_number_of_tokens(name, shape):
 
 
 def splits_of(packed, pairs: int) -> int:
-    """Into how many parts GEMM2 cuts its K."""
+    """Into how many parts GEMM2 cuts its K; 0 for the kernel for many tokens per expert."""
     spec = packed.spec
     stored = storage(spec.scheme.weights, spec.scheme.activations.name)
+    if choose_wide(stored, "bfloat16", pairs, spec.num_experts):
+        return 0
     sizes = block_of(pairs, spec.num_experts), pairs, spec.num_experts
     rows, columns = spec.hidden_size, spec.intermediate_size
     return make_variant(stored, *sizes, -(-rows // 64), columns, may_split=True).splits
 
 
 def test_a_token_does_not_depend_on_the_others():
-    """Bits depend on the splits of K alone, and those only on how many programs a call has.
+    """Bits depend on the kernel and the splits of K, and those only on the number of pairs.
 
     Neither the width of a tile nor a token's place in it matters.
     """
     weights = make_layer(scheme("mxfp4_bf16"), 8, 1024, 512, SwiGLU(), False)
     packed = moelten.pack(weights, backend="hopper")
     x, routing = make_call(300, 8, 1024, 2)
-    whole = moelten.fused_moe(x, packed, routing)
     order = torch.randperm(300, device="cuda")
-    for rows in (order, order[:120], order[:90]):
-        part = Routing(routing.ids[rows], routing.weights[rows])
-        assert torch.equal(moelten.fused_moe(x[rows], packed, part), whole[rows])
+    assert splits_of(packed, 240) == splits_of(packed, 600) == 0 != splits_of(packed, 120)
+    for most, parts in ((300, (order, order[:210], order[:120])), (60, (order[:60] % 60,))):
+        whole = moelten.fused_moe(x[:most], packed, first_rows(routing, most))
+        for rows in parts:
+            part = Routing(routing.ids[rows], routing.weights[rows])
+            assert torch.equal(moelten.fused_moe(x[rows], packed, part), whole[rows])
+
+
+def first_rows(routing: Routing, count: int) -> Routing:
+    return Routing(routing.ids[:count], routing.weights[:count], routing.on_input)
 
 
 def test_offsets_past_2_to_31():

@@ -27,7 +27,7 @@ from moelten.weights import ExpertSpec
 # No access of any GPU wants more, tensor maps included.
 ALIGNMENT = 256
 # What a call without a workspace takes at most, unless one token needs more.
-_OWN_BYTES = 2 << 30
+_OWN_BYTES = 4 << 30
 
 
 class Take(Protocol):

@@ -1,9 +1,10 @@
 """The Hopper backend: Gluon kernels for 16-bit activations that stream packed weights once.
 
-Four launches: plan, GEMM1 with activation, GEMM2 with router weights, sum over slots, each started
-while the one before drains. Grids follow from T and k alone: nothing waits for the device, so a
-CUDA graph captures it. The two operand types place bits differently: two layouts, two backends.
-Triton is imported when a layer runs.
+Few tokens per expert take four launches: plan, GEMM1 with activation, GEMM2 with router weights,
+sum over slots, each started while the one before drains. Many take other GEMMs, from the same
+packed weights: plan (two launches beyond 8192 pairs), gather, GEMM1, GEMM2, sum. Grids follow from
+T and k alone: nothing waits for the device, so a CUDA graph captures it. The two operand types
+place bits differently: two layouts, two backends. Triton is imported when a layer runs.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ from moelten.formats import Float
 from moelten.kernels.arena import ArenaBackend, Take
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_layout import HopperLayout
-from moelten.kernels.hopper_schedule import block_of, make_variant, split_rows
+from moelten.kernels.hopper_schedule import (
+    WideVariant,
+    block_of,
+    choose_wide,
+    make_variant,
+    split_rows,
+)
 from moelten.kernels.triton import activation_arguments
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec
 
 if TYPE_CHECKING:
+    from moelten.kernels.triton_epilogue import Epilogue
     from moelten.kernels.triton_ops import Rows, TilePlan
 
 
@@ -79,18 +87,29 @@ class HopperBackend(ArenaBackend):
         from moelten.kernels.triton_ops import empty_plan, empty_rows
 
         fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
-        pairs, inputs = tokens * top_k, None
+        pairs, experts = tokens * top_k, spec.num_experts
+        inputs = gathered = inverse = None
         if on_input or "w13_pre_scale" in spec.extras:
             inputs = empty_rows(take, pairs, hidden_size, fmt)
-        hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 8) * 8)
-        plan = empty_plan(take, pairs, spec.num_experts, block_of(pairs, spec.num_experts))
-        slots = take(torch.float32, split_rows(pairs, _row_tiles(hidden_size)), hidden_size)
-        return _Stages(plan, inputs, hidden, slots)
+        weights = spec.scheme.weights
+        scale_type = "" if weights.scale_dtype is None else str(weights.scale_dtype)
+        scale_type = scale_type.removeprefix("torch.")
+        wide = choose_wide(storage(weights, self.operand), scale_type, pairs, experts)
+        block = wide.block if wide else block_of(pairs, experts)
+        plan = empty_plan(take, pairs, experts, block)
+        hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 32) * 32)
+        # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
+        count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
+        slots = take(torch.float32, count)
+        if wide:
+            width = -(-hidden_size // 32) * 32
+            gathered = slots.view(fmt.data_dtype)[: pairs * width].view(pairs, width)
+            inverse = take(torch.int32, pairs)
+        return _Stages(plan, inputs, gathered, inverse, hidden, slots, wide)
 
     def run_chunk(
         self, x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
     ) -> None:
-        from moelten.kernels.hopper_gemm import grouped_gemm
         from moelten.kernels.hopper_plan import combine, plan_tiles
         from moelten.kernels.triton_epilogue import Epilogue
 
@@ -99,51 +118,121 @@ class HopperBackend(ArenaBackend):
                 "x: expected an address that is a multiple of 4 (kernels read words), got "
                 f"{x.data_ptr():#x}; call x.clone()"
             )
-        spec, extras, ids, plan = experts.spec, experts.tensors, routing.ids, stages.plan
+        spec, extras, ids = experts.spec, experts.tensors, routing.ids
         where = (spec.num_experts, spec.first_expert)
-        fmt, operand, pairs = spec.scheme.weights, spec.scheme.activations.name, ids.numel()
-        hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
-        sizes = (storage(fmt, operand), plan.block, pairs, spec.num_experts)
-        first = make_variant(*sizes, _row_tiles(halves * inter), hidden, may_split=False)
-        second = make_variant(*sizes, _row_tiles(hidden), inter, may_split=True)
         # NOTE: the plan is the first launch, so that GEMM2 may read it before it waits for GEMM1.
-        plan_tiles(ids, *where, plan)
+        plan_tiles(ids, *where, stages.plan)
         rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
         name, parameters = activation_arguments(spec.activation)
-        grouped_gemm(
-            rows,
-            experts.parts("w13"),
-            fmt,
-            operand,
-            (halves, inter, hidden),
-            plan,
-            stages.hidden,
-            first,
-            first=True,
-            rows_per_source=rows_per_source,
-            epilogue=Epilogue(
-                extras.get("w13_bias"),
-                name,
-                extras.get(ACTIVATION_TABLE, parameters),
-                extras.get("w2_pre_scale"),
-            ),
+        first = Epilogue(
+            extras.get("w13_bias"),
+            name,
+            extras.get(ACTIVATION_TABLE, parameters),
+            extras.get("w2_pre_scale"),
         )
-        slots = stages.slots[: second.splits * pairs].view(second.splits, pairs, hidden)
-        grouped_gemm(
-            stages.hidden,
-            experts.parts("w2"),
-            fmt,
-            operand,
-            (1, hidden, inter),
-            plan,
-            slots,
-            second,
-            first=False,
-            epilogue=Epilogue(
-                extras.get("w2_bias"), router=None if routing.on_input else routing.weights
-            ),
-        )
-        combine(slots, ids, *where, out)
+        router = None if routing.on_input else routing.weights
+        if stages.inverse is None:
+            second = Epilogue(extras.get("w2_bias"), router=router)
+            slots = _gemms(rows, rows_per_source, experts, stages, ids.numel(), first, second)
+            combine(slots, ids, *where, out)
+        else:
+            second = Epilogue(extras.get("w2_bias"))
+            slots = _wide_gemms(rows, rows_per_source, experts, stages, ids.numel(), first, second)
+            combine(slots, ids, *where, out, inverse=stages.inverse, router=router)
+
+
+def _gemms(
+    rows: Tensor,
+    rows_per_source: int,
+    experts: PackedExperts,
+    stages: _Stages,
+    pairs: int,
+    first: Epilogue,
+    second: Epilogue,
+) -> Tensor:
+    """Both GEMMs for few tokens per expert: the slots [splits, P, H]."""
+    from moelten.kernels.hopper_gemm import grouped_gemm
+
+    spec, plan = experts.spec, stages.plan
+    fmt, operand = spec.scheme.weights, spec.scheme.activations.name
+    hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
+    sizes = (storage(fmt, operand), plan.block, pairs, spec.num_experts)
+    v13 = make_variant(*sizes, _row_tiles(halves * inter), hidden, may_split=False)
+    v2 = make_variant(*sizes, _row_tiles(hidden), inter, may_split=True)
+    grouped_gemm(
+        rows,
+        experts.parts("w13"),
+        fmt,
+        operand,
+        (halves, inter, hidden),
+        plan,
+        stages.hidden,
+        v13,
+        first=True,
+        rows_per_source=rows_per_source,
+        epilogue=first,
+    )
+    slots = stages.slots[: v2.splits * pairs * hidden].view(v2.splits, pairs, hidden)
+    grouped_gemm(
+        stages.hidden,
+        experts.parts("w2"),
+        fmt,
+        operand,
+        (1, hidden, inter),
+        plan,
+        slots,
+        v2,
+        first=False,
+        epilogue=second,
+    )
+    return slots
+
+
+def _wide_gemms(
+    rows: Tensor,
+    rows_per_source: int,
+    experts: PackedExperts,
+    stages: _Stages,
+    pairs: int,
+    first: Epilogue,
+    second: Epilogue,
+) -> Tensor:
+    """Both GEMMs for many tokens per expert: the slots [1, P, H]."""
+    from moelten.kernels.hopper_gemm import prefill_gemm
+    from moelten.kernels.hopper_plan import gather
+
+    spec, plan = experts.spec, stages.plan
+    fmt, operand = spec.scheme.weights, spec.scheme.activations.name
+    hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
+    assert stages.wide is not None
+    assert stages.gathered is not None and stages.inverse is not None
+    gather(rows, rows_per_source, plan, stages.gathered, stages.inverse)
+    slots = stages.slots[: pairs * hidden].view(1, pairs, hidden)
+    prefill_gemm(
+        stages.gathered,
+        experts.parts("w13"),
+        fmt,
+        operand,
+        (halves, inter, hidden),
+        plan,
+        stages.hidden[0],
+        stages.wide,
+        ordered=True,
+        epilogue=first,
+    )
+    prefill_gemm(
+        stages.hidden[0],
+        experts.parts("w2"),
+        fmt,
+        operand,
+        (1, hidden, inter),
+        plan,
+        slots[0],
+        stages.wide,
+        ordered=False,
+        epilogue=second,
+    )
+    return slots
 
 
 @dataclass(frozen=True)
@@ -151,14 +240,21 @@ class _Stages:
     """Where the stages of one chunk write: P pairs, valid or not.
 
     inputs:  rows of the input by pair, [P]; None where GEMM1 reads x itself
-    hidden:  [1, P, I rounded up to 8], in the operand type
-    slots:   fp32 [rows, H], of which splits * P are used
+    gathered: [P, H rounded up to 32] in the place of slots: for many tokens per expert, rows by
+              position in the plan
+    inverse:  int32 [P], the position of each pair; with `gathered`
+    hidden:   [1, P, I rounded up to 32], in the operand type
+    slots:    fp32, of which splits * P rows are used
+    wide:     how many tokens per expert are multiplied; None for few
     """
 
     plan: TilePlan
     inputs: Rows | None
+    gathered: Tensor | None
+    inverse: Tensor | None
     hidden: Tensor
     slots: Tensor
+    wide: WideVariant | None
 
 
 def _row_tiles(rows: int) -> int:

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moelten.kernels.hopper_epilogue import finish
+from moelten.kernels.hopper_epilogue import finish, store_pairs
 from moelten.kernels.hopper_fragments import (
     chunk_word,
     chunk_zero,
@@ -183,11 +183,12 @@ def _tile(
         x_ptr, w_ptr, scale_ptr, zero_ptr, first_pair, stop_pair, pairs_ptr, matrix, split,
         per_split, rows_per_source, K, W, SCALE, OPERAND, TOKENS, WARPS, WAIT,
     )  # fmt: skip
-    finish(
-        acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr, pairs_ptr,
-        first_pair, stop_pair, expert, row_tile, split, alpha, beta, limit,
-        N, (N * HALVES + 63) // 64, W, HALVES, ACTIVATION, LIMITED,
+    y = finish(
+        acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, split,
+        alpha, beta, limit, N, (N * HALVES + 63) // 64, W, HALVES, ACTIVATION, LIMITED,
     )  # fmt: skip
+    first_row = row_tile * (64 // HALVES)
+    store_pairs(y, router_ptr, out_ptr, pairs_ptr, first_pair, stop_pair, first_row, N)
 
 
 @gluon.jit(do_not_specialize=_RUNTIME)

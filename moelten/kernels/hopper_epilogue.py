@@ -1,4 +1,4 @@
-"""What follows the sums of the Hopper GEMMs, in Gluon: fp32 throughout, one rounding, the store."""
+"""What follows the sums of the Hopper GEMMs, in Gluon: fp32 throughout, then one rounding."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from moelten.kernels.triton_epilogue import activate
 
 @gluon.jit
 def finish(
-    acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr, pairs_ptr,
-    first_pair, stop_pair, expert, row_tile, split, alpha, beta, limit,
+    acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, split, alpha, beta, limit,
     N: gl.constexpr, ROW_TILES: gl.constexpr, W: gl.constexpr, HALVES: gl.constexpr,
     ACTIVATION: gl.constexpr, LIMITED: gl.constexpr,
 ):  # fmt: skip
-    """What follows the sums [row group, b, g, tokens] in fp32, one rounding, and the store."""
+    """What follows the sums [row group, b, g, tokens], in fp32: [outputs, tokens]."""
     GROUPS: gl.constexpr = acc.shape[0]
     TOKENS: gl.constexpr = acc.shape[3]
     ROWS: gl.constexpr = 16 * GROUPS // HALVES
@@ -40,9 +39,6 @@ def finish(
         h1 = h0
     OUT: gl.constexpr = h0.type.layout
     n = row_tile * (64 // HALVES) + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
-    token = first_pair + gl.arange(0, TOKENS, gl.SliceLayout(0, OUT))
-    inside = token < stop_pair
-    pair = gl.load(pairs_ptr + token, mask=inside, other=0)
     if bias_ptr is not None:
         # The first of several splits brings the bias.
         biased = (n < N) & (split == 0)
@@ -57,6 +53,19 @@ def finish(
     y = activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
     if post_ptr is not None:
         y = y * gl.load(post_ptr + expert * N + n, mask=n < N, other=0.0)[:, None]
+    return y
+
+
+@gluon.jit
+def store_pairs(
+    y, router_ptr, out_ptr, pairs_ptr, first_pair, stop_pair, first_row, N: gl.constexpr
+):  # fmt: skip
+    """Store y [outputs, tokens], times router weights, as rows of pairs, rounded once."""
+    OUT: gl.constexpr = y.type.layout
+    n = first_row + gl.arange(0, y.shape[0], gl.SliceLayout(1, OUT))
+    token = first_pair + gl.arange(0, y.shape[1], gl.SliceLayout(0, OUT))
+    inside = token < stop_pair
+    pair = gl.load(pairs_ptr + token, mask=inside, other=0)
     if router_ptr is not None:
         y = y * gl.load(router_ptr + pair, mask=inside, other=0.0).to(gl.float32)[None, :]
     # Rows are padded to 16 bytes, with zeros: those are what codes past the last row decode to.

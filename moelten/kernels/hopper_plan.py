@@ -7,6 +7,7 @@ follow each other without overlap: the plan waits for all before it, as any kern
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +18,7 @@ from moelten.kernels.triton_ops import TilePlan, make_tile_plan
 
 _SCAN = 1024
 _MAX_PAIRS = 8192
+_GATHERED = 4  # rows of a program, whose loads overlap
 
 
 def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
@@ -70,21 +72,75 @@ def plan_kernel(
             position += tl.sum(mine)
 
 
-def combine(y: Tensor, ids: Tensor, num_experts: int, first_expert: int, out: Tensor) -> None:
-    """out[t] = sum over slots, then splits, of the valid rows of y [splits, T*k, H], in order."""
+def gather(x: Tensor, rows_per_source: int, plan: TilePlan, out: Tensor, inverse: Tensor) -> None:
+    """out[i] = row pairs[i] // rows_per_source of x, and inverse[pairs[i]] = i, for positions i.
+
+    x:       [R, K] of 16 bits
+    out:     [P, K rounded up to 32], columns in the order of `hopper_layout`'s operands, then zeros
+    inverse: int32 [P], undefined for pairs that are not valid
+    """
+    words, width = x.shape[1] // 2, out.shape[1] // 2
+    block = min(triton.next_power_of_2(width), 1024)
+    launch(
+        gather_kernel, (triton.cdiv(out.shape[0], _GATHERED), triton.cdiv(width, block)),
+        x.view(torch.int32), plan.pairs, plan.tiles, plan.count, out.view(torch.int32), inverse,
+        out.shape[0], plan.max_tiles, rows_per_source,
+        WORDS=words, WIDTH=width, ROWS=_GATHERED, BLOCK=block,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["size", "max_tiles", "rows_per_source"])
+def gather_kernel(
+    x_ptr, pairs_ptr, tiles_ptr, count_ptr, out_ptr, inverse_ptr, size, max_tiles, rows_per_source,
+    WORDS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    to = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    count = tl.load(count_ptr)
+    valid = tl.load(tiles_ptr + 2 * max_tiles + count - 1, mask=count > 0, other=0)
+    inside = position < tl.minimum(valid, size)
+    pair = tl.load(pairs_ptr + position, mask=inside, other=0)
+    if tl.program_id(1) == 0:
+        tl.store(inverse_ptr + pair, position, mask=inside)
+    source = (pair // rows_per_source).to(tl.int64)[:, None] * WORDS
+    # Words of 32 columns: s j t in the order of operands, t s j in memory.
+    column = to // 16 * 16 + to % 4 * 4 + to // 4 % 4
+    known = inside[:, None] & (column < WORDS)[None, :]
+    word = tl.load(x_ptr + source + column[None, :], mask=known, other=0)
+    at = position.to(tl.int64)[:, None] * WIDTH + to[None, :]
+    tl.store(out_ptr + at, word, mask=inside[:, None] & (to < WIDTH)[None, :])
+
+
+def combine(
+    y: Tensor,
+    ids: Tensor,
+    num_experts: int,
+    first_expert: int,
+    out: Tensor,
+    *,
+    inverse: Tensor | None = None,
+    router: Tensor | None = None,
+) -> None:
+    """out[t] = sum over slots, then splits, of the valid rows of y [splits, T*k, H], in order.
+
+    inverse: int32 [T*k], where the row of each pair is; that of the pair by default
+    router:  [T, k] weights of the rows
+    """
     tokens, top_k = ids.shape
     width = out.shape[1]
     block = min(triton.next_power_of_2(width), 512)
     launch(
         combine_kernel, (tokens, triton.cdiv(width, block)),
-        y, ids.contiguous(), out, num_experts, first_expert, width, y.stride(0),
+        y, ids.contiguous(), inverse, None if router is None else router.contiguous(), out,
+        num_experts, first_expert, width, y.stride(0),
         TOP_K=top_k, SPLITS=y.shape[0], BLOCK=block, launch_pdl=True,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_expert", "split_stride"])
 def combine_kernel(
-    y_ptr, ids_ptr, out_ptr, num_experts, first_expert, width, split_stride,
+    y_ptr, ids_ptr, inverse_ptr, router_ptr, out_ptr, num_experts, first_expert, width,
+    split_stride,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -93,10 +149,17 @@ def combine_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     gdc_wait()
     for slot in tl.static_range(TOP_K):
-        row = token * TOP_K + slot
-        local = tl.load(ids_ptr + row).to(tl.int64) - first_expert
+        pair = token * TOP_K + slot
+        local = tl.load(ids_ptr + pair).to(tl.int64) - first_expert
         valid = (local >= 0) & (local < num_experts)
+        row = pair
+        if inverse_ptr is not None:
+            row = tl.load(inverse_ptr + pair, mask=valid, other=0).to(tl.int64)
+        brought = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):
             at = y_ptr + split * split_stride + row * width + column
-            total += tl.load(at, mask=inside & valid, other=0.0)
+            brought += tl.load(at, mask=inside & valid, other=0.0)
+        if router_ptr is not None:
+            brought *= tl.load(router_ptr + pair).to(tl.float32)
+        total += brought
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)

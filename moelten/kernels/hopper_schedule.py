@@ -1,4 +1,4 @@
-"""Which variant of the decode GEMM runs: a cost model over tokens, experts and the GPU's size.
+"""Which GEMM runs, and which variant of it: a cost model over tokens, experts and the GPU's size.
 
 Pure arithmetic on sizes that the host knows; nothing is timed and no model has a table.
 """
@@ -16,6 +16,9 @@ _WANTED_PROGRAMS = 4 * 132
 _LEAST_STEPS = 4
 _MAX_SPLITS = 8
 _BLOCKS = (8, 16)
+# Of 227 KiB a program can have; the epilogue takes two times 8 KiB.
+_SHARED_BYTES = 210 << 10
+_WIDE_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,15 @@ class Variant:
     warps: int
     registers: int
     splits: int = 1
+
+
+@dataclass(frozen=True)
+class WideVariant:
+    """block: most tokens of a tile; slots of so many chunks (stage) in shared memory."""
+
+    block: int
+    slots: int
+    stage: int
 
 
 def block_of(pairs: int, num_experts: int) -> int:
@@ -49,6 +61,52 @@ def make_variant(
         wanted = math.ceil(_WANTED_PROGRAMS / programs)
         splits = max(1, min(wanted, steps // _LEAST_STEPS, _MAX_SPLITS))
     return Variant(4, _registers(stored, block), splits)
+
+
+def choose_wide(
+    stored: Storage, scale_type: str, pairs: int, num_experts: int
+) -> WideVariant | None:
+    """How many tokens per expert are multiplied; None where there are few.
+
+    Few tokens cost a pass over the weights for every 16 of an expert, many cost one and a half for
+    up to 64. Measured on H200, they break even at 12 to 40 pairs per expert: the sooner the more a
+    pass reads, the later the more each product of the other kernel costs beside.
+    """
+    if stored.code.bits == 16:
+        enough = 12
+    else:
+        enough = 40 if stored.scale == "group" and stored.group == 32 else 20
+    return wide_variant(stored, scale_type) if pairs > enough * num_experts else None
+
+
+def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
+    """As many slots as fit in shared memory.
+
+    Two chunks to a stage where those are few bytes, or one group's; else sums would be brought to
+    other units (`hopper_prefill`) between chunks of the same row tile.
+    """
+    grouped = stored.scale in ("group", "block") and stored.group != 128
+    stage = 1 if stored.code.bits == 16 or grouped else 2
+    stage = 1 if stored.code.bits == 8 and stored.scale != "block" else stage
+    chunk, scale, zero = box_rows(stored, scale_type)
+    slot = 128 * (4 * (stage * chunk + scale + zero) + stage * _WIDE_BLOCK)
+    return WideVariant(_WIDE_BLOCK, min(_SHARED_BYTES // slot, 8), stage)
+
+
+def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
+    """Rows of 128 bytes of a row tile: codes of a chunk, scales and zero points of a super-block.
+
+    0 where there are none, or too few for a row.
+    """
+    wide = 2 if scale_type == "float32" else 1
+    scale = zero = 0
+    if stored.pairs is not None:
+        scale = 8 if stored.group == 16 else 4
+    elif stored.scale == "group":
+        scale = 256 // stored.group * wide
+    if stored.zeros is not None and stored.group:
+        zero = 2 if stored.group == 32 else 1
+    return 4 * stored.code.bits, scale, zero
 
 
 def split_rows(pairs: int, row_tiles: int) -> int:

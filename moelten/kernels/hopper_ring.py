@@ -1,0 +1,293 @@
+"""What passes through shared memory in the Hopper GEMM for many tokens per expert, in Gluon.
+
+A ring of slots, each with a stage: a chunk or two of 64 columns of four row tiles, their row
+parameters of the whole super-block, and the activations of up to a tile's tokens. One warp fills
+it with bulk copies; each warpgroup takes its two row tiles from there, as operands of the matrix
+instruction, and the scales that multiply sums. A slot is full when all its bytes have come, and
+empty when both warpgroups say so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from moelten.kernels.hopper_codes import Storage
+from moelten.kernels.hopper_fragments import (
+    chunk_zero,
+    floats,
+    load_layout,
+    operands,
+    pair_layout,
+    scale_layout,
+)
+
+TILES = gl.constexpr(4)  # row tiles of a piece of work, two for each warpgroup
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is compiled into a kernel.
+
+    rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
+    ordered:       whether columns of the result stand in the order of operands, for the next GEMM
+    block:         most tokens of a tile
+    slots, stage:  slots of the ring, chunks of each
+    """
+
+    rows: int
+    columns: int
+    halves: int
+    weights: Storage
+    scale_type: str
+    operand: Any
+    activation: str
+    limited: bool
+    ordered: bool
+    block: int
+    slots: int
+    stage: int
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.rows * self.halves // 64)
+
+    @property
+    def row_blocks(self) -> int:
+        return -(-self.row_tiles // 4)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.columns // 64)
+
+    @property
+    def super_blocks(self) -> int:
+        return -(-self.chunks // 4)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether scales multiply sums, group after group."""
+        return self.weights.scale in ("group", "block")
+
+    @property
+    def groups(self) -> int:
+        """Groups of columns, with scales that multiply sums, of a stage."""
+        return 2 if self.scaled and self.weights.group == 32 else 1
+
+    @property
+    def spread(self) -> bool:
+        """Whether the halves of a quad of lanes have words of their own, as nvfp4's."""
+        return self.weights.group == 16
+
+    @property
+    def words(self) -> int:
+        """Choices of a chunk among a lane's words of scales of a super-block."""
+        return 4 if self.weights.pairs is not None else min(256 // self.weights.group, 4)
+
+
+# Filling ------------------------------------------------------------------------------------------
+
+
+@gluon.jit
+def piece_of_work(index, tiles_ptr, max_tiles, P: gl.constexpr):
+    """Expert, first and stop position, and first row tile."""
+    tile = index // P.row_blocks
+    expert = gl.load(tiles_ptr + tile)
+    first = gl.load(tiles_ptr + max_tiles + tile)
+    stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
+    return expert, first, stop, index % P.row_blocks * TILES
+
+
+@gluon.jit
+def _fill(
+    w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
+    expert, first, row_tile, steps, P: gl.constexpr, BOXES: gl.constexpr,
+):  # fmt: skip
+    """Bring one piece of work, stage after stage."""
+    BOX: gl.constexpr = x_desc.block_shape[0]
+    W_ROWS: gl.constexpr = w_desc.block_shape[0]
+    S_ROWS: gl.constexpr = 0 if s_desc is None else s_desc.block_shape[0]
+    Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[0]
+    BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + P.stage * BOXES * BOX)
+    STAGE: gl.constexpr = P.stage
+    for step in range(steps):
+        slot = turn % P.slots
+        mbarrier.wait(empty.index(slot), turn // P.slots & 1 ^ 1)
+        bar = full.index(slot)
+        mbarrier.expect(bar, BYTES)
+        for tile in gl.static_range(TILES):
+            # Past the last row tile, that again; its results are not stored.
+            matrix = expert * P.row_tiles + gl.minimum(row_tile + tile, P.row_tiles - 1)
+            row = matrix * (P.chunks * W_ROWS // P.stage) + step * W_ROWS
+            tma.async_copy_global_to_shared(w_desc, [row, 0], bar, words.index(slot * TILES + tile))
+            block = matrix * P.super_blocks + step * P.stage // 4
+            if s_desc is not None:
+                to = scales.index(slot * TILES + tile)
+                tma.async_copy_global_to_shared(s_desc, [block * S_ROWS, 0], bar, to)
+            if z_desc is not None:
+                to = zeros.index(slot * TILES + tile)
+                tma.async_copy_global_to_shared(z_desc, [block * Z_ROWS, 0], bar, to)
+        for c in gl.static_range(STAGE):
+            for box in gl.static_range(BOXES):
+                piece = x.index(slot * P.stage + c).slice(box * BOX, BOX, 0)
+                at = [first + box * BOX, (step * P.stage + c) * 64]
+                tma.async_copy_global_to_shared(x_desc, at, bar, piece)
+        turn += 1
+    return turn
+
+
+@gluon.jit
+def produce(
+    w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
+    max_tiles, steps, P: gl.constexpr,
+):  # fmt: skip
+    """Fill the ring with all of a program's work: as many quarters of a block as have tokens."""
+    turn = 0
+    for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
+        expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
+        quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
+        for boxes in gl.static_range(1, 5):
+            if quarters == boxes:
+                turn = _fill(
+                    w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
+                    expert, first, row_tile, steps, P, boxes,
+                )  # fmt: skip
+
+
+# Taking -------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def _code_layout(loads):
+    """A chunk of a row tile, [16 * loads, 32]: 16 bytes per lane and load."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2]] + [[16 << i, 0] for i in range((loads - 1).bit_length())],
+        lane_bases=[[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]],
+        warp_bases=[[4, 0], [8, 0]],
+        block_bases=[],
+        shape=[16 * loads, 32],
+    )
+
+
+@gluon.constexpr_function
+def _quad_layout():
+    """Words [4 w, 8 g, 2 halves of a quad, 2 lanes]."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[],
+        lane_bases=[[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        warp_bases=[[1, 0, 0, 0], [2, 0, 0, 0]],
+        block_bases=[],
+        shape=[4, 8, 2, 2],
+    )
+
+
+@gluon.constexpr_function
+def _parameter_layout(rows, spread):
+    """A super-block's row parameters, [rows, 32]: w, g, half of a quad if `spread`, own words."""
+    words = rows // 2 if spread else rows
+    half = [words] if spread else [0]
+    bits = [0, *half, *(rows << i for i in range(5))]  # of 4 t, 8 g, 4 w
+    registers = [1 << i for i in range((words - 1).bit_length())]
+    places = [[[at // 32, at % 32] for at in group] for group in (registers, bits[:5], bits[5:])]
+    return gl.DistributedLinearLayout(*places, [], [rows, 32])
+
+
+@gluon.jit
+def _pick(words, bit):
+    """The half of the last axis that a bit says."""
+    HALF: gl.constexpr = words.shape[2] // 2
+    low, high = gl.split(words.reshape([4, words.shape[1], 2, HALF]).permute((0, 1, 3, 2)))
+    return gl.where(bit != 0, high, low)
+
+
+@gluon.jit
+def _take(buffer, chunk, WORDS: gl.constexpr, SPREAD: gl.constexpr):
+    """A lane's words of a chunk, [4 w, 8 g (times 2 halves of a quad), n]."""
+    ROWS: gl.constexpr = buffer.shape[0]
+    words = buffer.load(_parameter_layout(ROWS, SPREAD)).to(gl.uint32, bitcast=True)
+    if SPREAD:
+        words = words.reshape([4, 16, ROWS // 2])
+    else:
+        words = words.reshape([4, 8, ROWS])
+    if WORDS > 1:
+        words = _pick(words, chunk & 2)
+    if WORDS > 2:
+        words = _pick(words, chunk & 1)
+    return words
+
+
+@gluon.jit
+def _for_quads(words, SPREAD: gl.constexpr):
+    """[4 w, 8 g (times 2), 1] as [4 w, 8 g, 4 t]."""
+    QUAD: gl.constexpr = _quad_layout()
+    if SPREAD:
+        HALVES: gl.constexpr = gl.SliceLayout(3, QUAD)
+        words = gl.convert_layout(words.reshape([4, 8, 2]), HALVES, assert_trivial=True)
+    else:
+        WHOLE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, QUAD))
+        words = gl.convert_layout(words.reshape([4, 8]), WHOLE, assert_trivial=True).expand_dims(2)
+    words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([4, 8, 2, 2], gl.uint32, QUAD))
+    return gl.convert_layout(words.reshape([4, 8, 4]), pair_layout(4), assert_trivial=True)
+
+
+@gluon.jit
+def take_weights(
+    words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr
+):
+    """Operands [4 warps, 16, 64] of a row tile's chunk, the c-th of its stage.
+
+    zero: words [4 w, 8 g, 4 t], where one zero point serves the whole row
+    """
+    W: gl.constexpr = P.weights
+    LOADS: gl.constexpr = W.code.bits // 4
+    OPERAND: gl.constexpr = P.operand
+    w = words.index(slot * TILES + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
+    w = w.load(_code_layout(LOADS)).reshape([LOADS, 4, 128]).permute((1, 0, 2))
+    w = gl.convert_layout(w, load_layout(4, LOADS), assert_trivial=True)
+    s = 0
+    if W.scale == "fold":
+        s = _for_quads(_take(scales.index(slot * TILES + tile), chunk, 4, P.spread), P.spread)
+    if W.zeros is not None and W.group != 0:
+        WORDS: gl.constexpr = 2 if W.group == 32 else 1
+        zero = _for_quads(_take(zeros.index(slot * TILES + tile), chunk, WORDS, False), False)
+        zero = zero >> chunk_zero(chunk, W)[1]
+    return operands(w, s, zero, W, OPERAND)
+
+
+@gluon.jit
+def take_stage(words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+    """`take_weights` of a stage's chunks, of which `chunk` is the first."""
+    STAGE: gl.constexpr = P.stage
+    a = ()
+    for c in gl.static_range(STAGE):
+        a = a + (take_weights(words, scales, zeros, zero, slot, tile, chunk + c, c, P),)
+    return a
+
+
+@gluon.jit
+def take_scale(
+    scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, group: gl.constexpr,
+    P: gl.constexpr,
+):  # fmt: skip
+    """fp32 [64], in the order of a row tile's rows: the scales of a group of a chunk."""
+    W: gl.constexpr = P.weights
+    TYPE: gl.constexpr = P.scale_type
+    if W.scale == "block":
+        # A few numbers of the whole matrix: from memory.
+        L: gl.constexpr = scale_layout(4, 2)
+        n = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+        at = matrix * (P.super_blocks * 4) + chunk // 2 * 2
+        words = gl.load(scale_ptr + at + n + gl.zeros([4, 8, 2], gl.int32, L))
+        rows = floats(words, W, TYPE)
+    else:
+        words = _take(scales.index(slot * TILES + tile), chunk, P.words, False)
+        words = gl.convert_layout(words, scale_layout(4, words.shape[2]), assert_trivial=True)
+        rows = floats(words, W, TYPE)  # warps g b c
+        if rows.shape[3] == 2:
+            low, high = gl.split(rows)
+            rows = high if group == 1 else low
+    return rows.reshape([4, 8, 2]).permute((0, 2, 1)).reshape([64])

@@ -1,0 +1,180 @@
+"""The Hopper GEMM for many tokens per expert, on its GPU, for any number of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import ACTIVATIONS, Case, make_input, make_weights
+from metrics import assert_matches
+from test_hopper_gpu import SCHEMES, SHAPES, check, on_gpu, replace_ids
+from test_triton_gpu import make_call, make_layer
+
+import moelten
+from moelten import SwiGLU, reference
+from moelten.formats import BF16, FP8, Int4, Scheme, scheme
+from moelten.kernels import arena, hopper
+from moelten.kernels.hopper_schedule import wide_variant
+from moelten.routing import Routing
+
+pytestmark = pytest.mark.gpu
+# Of 7 experts with 2 slots per token: every quarter of a block, whole blocks, and two of them.
+TOKENS = (1, 3, 40, 100, 190, 300, 420, 900)
+
+
+@pytest.fixture
+def always_wide(monkeypatch):
+    """Few tokens per expert take the kernel for many, too."""
+    prepared = (arena._prepare, arena._measure)
+    monkeypatch.setattr(
+        hopper, "choose_wide", lambda stored, scale_type, *sizes: wide_variant(stored, scale_type)
+    )
+    for function in prepared:
+        function.cache_clear()
+    yield
+    for function in prepared:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme(always_wide, name):
+    case = Case(SCHEMES[name], num_experts=7, hidden_size=320, intermediate_size=192)
+    if case.scheme.weights.block[1] == 128:
+        case = replace(case, hidden_size=384, intermediate_size=256)
+    weights = make_weights(case)
+    backend = "hopper" if case.scheme.activations == BF16 else "hopper-fp16"
+    packed = moelten.pack(on_gpu(weights), backend=backend)
+    for tokens in TOKENS:
+        check(weights, *make_input(replace(case, tokens=tokens, seed=tokens)), packed)
+
+
+@pytest.mark.parametrize("hidden, inter", [(2880, 80), (1856, 192), (72, 232), (704, 1856)])
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4_bf16", "fp8_bf16", "bf16_bf16"])
+def test_ragged_sizes(always_wide, name, hidden, inter):
+    if name == "mxfp4_bf16":
+        hidden, inter = -(-hidden // 32) * 32, -(-inter // 32) * 32
+    case = Case(SCHEMES[name], num_experts=3, hidden_size=hidden, intermediate_size=inter, top_k=2)
+    for tokens in (5, 150):
+        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+
+
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32_bf16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_biases(always_wide, name, activation):
+    case = Case(scheme(name), activation=ACTIVATIONS[activation], biases=True)
+    for tokens in (1, 200):
+        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+
+
+def test_bad_ids_duplicates_and_one_expert(always_wide):
+    case = Case(scheme("mxfp4_bf16"), tokens=340)
+    weights = make_weights(case)
+    packed = moelten.pack(on_gpu(weights), backend="hopper")
+    x, routing = make_input(case)
+    bad = routing.ids.clone()
+    bad[::3, 0], bad[1::3, 1], bad[5] = -1, 5, 1 << 20
+    for ids in (bad, torch.full_like(bad, 2), torch.full_like(bad, -1)):
+        out = check(weights, x, replace_ids(routing, ids), packed)
+        assert not out[(ids < 0).all(1)].any()
+
+
+def test_router_weight_on_the_input_and_pre_scales(always_wide):
+    case = Case(scheme("int4g64_bf16"), tokens=150)
+    weights = make_weights(case)
+    x, routing = make_input(case)
+    check(weights, x, Routing(routing.ids, routing.weights, on_input=True))
+    scaled = replace(
+        weights,
+        w13_pre_scale=torch.rand(case.num_experts, case.hidden_size) + 0.5,
+        w2_pre_scale=torch.rand(case.num_experts, case.intermediate_size) + 0.5,
+    )
+    check(scaled, x, routing)
+
+
+@pytest.mark.parametrize("fmt", [Int4(32), Int4(128), Int4(64, zero_point=True), FP8((128, 128))])
+def test_scales_that_differ_or_vanish(always_wide, fmt):
+    """Sums change units from group to group: by 2**40 both ways, by signs, past zero scales."""
+    case = Case(Scheme(fmt, BF16), num_experts=3, hidden_size=512, intermediate_size=256)
+    weights = make_weights(case)
+    g = torch.Generator().manual_seed(5)
+
+    def scaled(q, low, high):
+        shape = q.scale.shape
+        exponent = torch.randint(low, high, shape, generator=g)
+        sign = torch.randint(0, 2, shape, generator=g) * 2 - 1
+        alive = torch.rand(shape, generator=g) > 0.2
+        alive[..., 0, :] = False  # a whole row (of blocks)
+        scale = torch.ldexp(sign.float(), exponent) * alive
+        return q.with_parts({**q.tensors(), "scale": scale.to(q.scale.dtype)})
+
+    for low, high in ((-20, 21), (-6, -3)):
+        changed = replace(
+            weights, w13=scaled(weights.w13, -9, -5), w2=scaled(weights.w2, low, high)
+        )
+        for tokens in (7, 200):
+            check(changed, *make_input(replace(case, tokens=tokens)))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_production_shapes(name):
+    which, experts, hidden, inter, top_k, activation, biases = SHAPES[name]
+    weights = make_layer(which, experts, hidden, inter, activation, biases)
+    packed = moelten.pack(weights, backend="hopper")
+    for tokens in (300, 1024):
+        x, routing = make_call(tokens, experts, hidden, top_k)
+        out = moelten.fused_moe(x, packed, routing)
+        assert_matches(out, reference.moe(x, weights, routing))
+
+
+def test_graph_streams_and_chunks():
+    """Captured at the first call; two streams at once; a workspace for half of the tokens."""
+    weights = make_layer(scheme("mxfp4_bf16"), 6, 512, 352, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    (x, routing), (other, fresh) = (make_call(500, 6, 512, 2, seed) for seed in (3, 4))
+    out, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        moelten.fused_moe(x, packed, routing, out=out)
+    wanted = []
+    for new_x, new in ((x.clone(), routing), (other, fresh)):
+        x.copy_(new_x), routing.ids.copy_(new.ids), routing.weights.copy_(new.weights)
+        graph.replay()
+        assert_matches(out, reference.moe(new_x, weights, new))
+        wanted.append(out.clone())
+    half = moelten.workspace_bytes(packed, 250, 2)
+    workspace = torch.full((half,), 0x7F, dtype=torch.uint8, device="cuda")
+    assert torch.equal(moelten.fused_moe(x, packed, routing, workspace=workspace), wanted[1])
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        found = []
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(moelten.fused_moe(x, packed, routing))
+        torch.cuda.synchronize()
+        assert all(torch.equal(each, wanted[1]) for each in found)
+
+
+def test_very_many_tokens():
+    """131072 tokens in one call, in as many chunks as memory asks for."""
+    weights = make_layer(scheme("mxfp4_bf16"), 8, 512, 256, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    x, routing = make_call(131072, 8, 512, 2)
+    out = moelten.fused_moe(x, packed, routing)
+    rows = torch.linspace(0, 131071, 500, device="cuda").long()
+    part = Routing(routing.ids[rows], routing.weights[rows])
+    assert_matches(out[rows], reference.moe(x[rows], weights, part))
+
+
+def test_offsets_past_2_to_31():
+    """Weights over 2**31 elements, and the rows of hidden and slots past 2**31 bytes."""
+    weights = make_layer(scheme("int8_bf16"), 41, 8192, 3584, SwiGLU(), False)
+    packed = moelten.pack(weights, backend="hopper")
+    assert packed.tensors["w13.data"].nbytes > 2**31
+    x, _ = make_call(1500, 41, 8192, 1)
+    ids = torch.where(torch.arange(1500, device="cuda") < 700, 0, 40)[:, None]
+    routing = Routing(ids, torch.ones(1500, 1, device="cuda"))
+    out = moelten.fused_moe(x, packed, routing)
+    rows = torch.tensor([0, 1, 699, 700, 1498, 1499], device="cuda")
+    part = Routing(ids[rows], routing.weights[rows])
+    assert_matches(out[rows], reference.moe(x[rows], weights, part))
