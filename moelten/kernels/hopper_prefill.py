@@ -109,15 +109,16 @@ def _times(acc, rows):
 
 
 @gluon.jit
-def _rescale(acc, unit, scale):
-    """Sums in units of `unit`, fp32 [64], brought to units of a scale: (sums, the new unit).
+def _rescale(acc, unit, top, scale):
+    """Sums in units of `unit`, fp32 [64], brought to units of a scale: (sums, the new unit, top).
 
-    A unit is never 0, nor below 2**-96 of the one before: sums stay finite, and products under such
-    a scale vanish beside what fp32 can tell apart.
+    top: the largest scale so far. A unit is never 0 nor below 2**-60 of that, so that sums stay
+    finite; products under such a scale vanish beside what fp32 can tell apart.
     """
-    least = gl.maximum(gl.abs(unit) * 1.2621774483536189e-29, 1.1754943508222875e-38)
+    top = gl.maximum(top, gl.abs(scale))
+    least = gl.maximum(top * 8.673617379884035e-19, 1.1754943508222875e-38)
     scale = gl.where(gl.abs(scale) < least, least, scale)
-    return _times(acc, gl.fdiv(unit, scale)), scale
+    return _times(acc, gl.fdiv(unit, scale)), scale, top
 
 
 @gluon.jit
@@ -147,11 +148,13 @@ def _sums(
     mbarrier.wait(full.index(slot), turn // P.slots & 1)
     unit0 = 0
     unit1 = 0
+    top0 = 0
+    top1 = 0
     if P.scaled:
         unit0 = take_scale(scales, scale_ptr, matrix0, slot, TILE, start, 0, P)
         unit1 = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, start, 0, P)
-        acc0, unit0 = _rescale(acc0, unit0, unit0)
-        acc1, unit1 = _rescale(acc1, unit1, unit1)
+        acc0, unit0, top0 = _rescale(acc0, unit0, unit0, unit0)
+        acc1, unit1, top1 = _rescale(acc1, unit1, unit1, unit1)
     a0 = take_stage(words, scales, zeros, zero0, slot, TILE, start, P)
     for step in range(steps):
         slot = turn % P.slots
@@ -163,21 +166,21 @@ def _sums(
             acc0 = _multiply(acc0, a0, x, slot, g, PIECES, P)
             if P.scaled:
                 scale = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, chunk, g, P)
-                acc1, unit1 = _rescale(acc1, unit1, scale)
+                acc1, unit1, top1 = _rescale(acc1, unit1, top1, scale)
             if g == 0:
                 a1 = take_stage(words, scales, zeros, zero1, slot, TILE + 1, chunk, P)
             acc0 = _wait(acc0)
             acc1 = _multiply(acc1, a1, x, slot, g, PIECES, P)
             if g < GROUPS - 1:
                 scale = take_scale(scales, scale_ptr, matrix0, slot, TILE, chunk, g + 1, P)
-                acc0, unit0 = _rescale(acc0, unit0, scale)
+                acc0, unit0, top0 = _rescale(acc0, unit0, top0, scale)
             else:
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
                 if P.scaled:
                     after = gl.minimum(chunk + P.stage, P.chunks - 1)
                     scale = take_scale(scales, scale_ptr, matrix0, next_slot, TILE, after, 0, P)
                     # After the last stage a slot holds anything.
-                    acc0, unit0 = _rescale(acc0, unit0, gl.where(more, scale, unit0))
+                    acc0, unit0, top0 = _rescale(acc0, unit0, top0, gl.where(more, scale, unit0))
                 a0 = take_stage(words, scales, zeros, zero0, next_slot, TILE, chunk + P.stage, P)
                 # Complete already: the end of a basic block, lest decoding sink below the wait.
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
