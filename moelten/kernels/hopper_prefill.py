@@ -188,8 +188,9 @@ def _sums(
         mbarrier.arrive(empty.index(slot))
         turn += 1
     if P.scaled:
-        acc0 = _times(acc0, unit0)
-        acc1 = _times(acc1, unit1)
+        # A row whose scales are all 0 is 0, not merely small.
+        acc0 = _times(acc0, gl.where(top0 > 0, unit0, 0.0))
+        acc1 = _times(acc1, gl.where(top1 > 0, unit1, 0.0))
     return acc0 + acc1, turn
 
 
