@@ -127,10 +127,11 @@ def add(total: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
 
 
 def reason(case: Any) -> str:
-    """The last line of an error, or why a test was skipped."""
+    """The last line of an error, or why a test was skipped; files as seen from the repository."""
     entry = case.find("error") if case.find("error") is not None else case.find("skipped")
     lines = (entry.text or entry.get("message") or "").strip().splitlines()
-    return lines[-1].removeprefix("E").strip() if lines else "no reason given"
+    last = lines[-1].removeprefix("E").strip() if lines else "no reason given"
+    return last.replace(f"{ROOT}/", "")
 
 
 def holds_gpu_tests(module: str) -> bool:

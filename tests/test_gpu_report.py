@@ -47,6 +47,7 @@ def test_nothing_is_left_out_in_silence(script, tmp_path):
     assert set(found["skipped"]) == {"tests.test_optional", "test_later"}
     assert "not today" in found["skipped"]["test_later"]
     assert "nothing_of_this_name" in found["skipped"]["tests.test_optional"]
+    assert str(tmp_path) not in "".join(found["skipped"].values())
 
 
 @pytest.mark.parametrize(
