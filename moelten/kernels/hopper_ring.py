@@ -26,6 +26,8 @@ from moelten.kernels.hopper_fragments import (
     scale_layout,
 )
 
+# Its name in later Tritons, and in 3.6.
+_bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 TILES = gl.constexpr(4)  # row tiles of a piece of work, two for each warpgroup
 
 
@@ -123,19 +125,19 @@ def _fill(
             # Past the last row tile, that again; its results are not stored.
             matrix = expert * P.row_tiles + gl.minimum(row_tile + tile, P.row_tiles - 1)
             row = matrix * (P.chunks * W_ROWS // P.stage) + step * W_ROWS
-            tma.async_copy_global_to_shared(w_desc, [row, 0], bar, words.index(slot * TILES + tile))
+            _bring(w_desc, [row, 0], bar, words.index(slot * TILES + tile))
             block = matrix * P.super_blocks + step * P.stage // 4
             if s_desc is not None:
                 to = scales.index(slot * TILES + tile)
-                tma.async_copy_global_to_shared(s_desc, [block * S_ROWS, 0], bar, to)
+                _bring(s_desc, [block * S_ROWS, 0], bar, to)
             if z_desc is not None:
                 to = zeros.index(slot * TILES + tile)
-                tma.async_copy_global_to_shared(z_desc, [block * Z_ROWS, 0], bar, to)
+                _bring(z_desc, [block * Z_ROWS, 0], bar, to)
         for c in gl.static_range(STAGE):
             for box in gl.static_range(BOXES):
                 piece = x.index(slot * P.stage + c).slice(box * BOX, BOX, 0)
                 at = [first + box * BOX, (step * P.stage + c) * 64]
-                tma.async_copy_global_to_shared(x_desc, at, bar, piece)
+                _bring(x_desc, at, bar, piece)
         turn += 1
     return turn
 
