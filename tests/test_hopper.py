@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,29 +93,36 @@ class Launches(list):
 
 
 @pytest.mark.parametrize("on_input", [False, True])
-def test_launches_inside_the_workspace(monkeypatch, on_input):
-    """Four launches (five where rows differ by pair), and memory that is the workspace's own."""
+@pytest.mark.parametrize("tokens, count", [(9, 4), (150, 5), (9000, 6)])
+def test_launches_inside_the_workspace(monkeypatch, tokens, count, on_input):
+    """Four launches for few tokens, five or (with a plan in two) six for many, one more where rows
+    differ by pair; and memory that is the workspace's own."""
     pytest.importorskip("triton")
     from moelten.kernels import hopper_gemm, hopper_plan, triton_ops
 
     launches = Launches()
-    for module, name in (
-        (hopper_gemm, "decode_kernel"),
-        (hopper_plan, "plan_kernel"),
-        (hopper_plan, "combine_kernel"),
-        (triton_ops, "quantize_kernel"),
+    for module, names in (
+        (hopper_gemm, ("decode_kernel", "prefill_kernel")),
+        (hopper_plan, ("plan_kernel", "gather_kernel", "combine_kernel")),
+        (triton_ops, ("quantize_kernel", "count_kernel", "place_kernel")),
     ):
-        monkeypatch.setattr(module, name, launches)
+        for name in names:
+            monkeypatch.setattr(module, name, launches)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    case = Case(scheme("int4g32_bf16"), hidden_size=192, intermediate_size=96, tokens=9)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132),
+    )
+    case = Case(scheme("int4g32_bf16"), hidden_size=192, intermediate_size=96, tokens=tokens)
     weights, (x, routing) = make_weights(case), make_input(case)
     routing = replace(routing, on_input=on_input)
     backend = HopperBackend()
     experts = PackedExperts.pack(weights.spec, weights.experts(), backend.layout, x.device)
-    size = backend.workspace_bytes(weights.spec, 9, routing.top_k, on_input)
+    size = backend.workspace_bytes(weights.spec, tokens, routing.top_k, on_input)
     workspace, out = torch.empty(size, dtype=torch.uint8), torch.empty_like(x)
     backend.run(x, experts, routing, out, workspace)
-    assert len(launches) == 4 + on_input
+    assert len(launches) == count + on_input
 
     def storage_of(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
@@ -122,8 +130,10 @@ def test_launches_inside_the_workspace(monkeypatch, on_input):
     known = {storage_of(t) for t in (x, out, routing.ids, routing.weights, workspace)}
     known |= {storage_of(t) for t in experts.tensors.values()}
     for _, arguments, _ in launches:
-        assert {storage_of(a) for a in arguments if isinstance(a, torch.Tensor)} <= known
-    launches.clear()
-    less = backend.workspace_bytes(weights.spec, 5, routing.top_k, on_input)
-    backend.run(x, experts, routing, out, workspace[:less])
-    assert len(launches) == 2 * (4 + on_input)
+        parts = [getattr(a, "base", a) for a in arguments]
+        assert {storage_of(a) for a in parts if isinstance(a, torch.Tensor)} <= known
+    if tokens == 9:  # in two chunks
+        launches.clear()
+        less = backend.workspace_bytes(weights.spec, 5, routing.top_k, on_input)
+        backend.run(x, experts, routing, out, workspace[:less])
+        assert len(launches) == 2 * (4 + on_input)
