@@ -28,6 +28,7 @@ from moelten.kernels.hopper_schedule import (
     choose_wide,
     make_variant,
     split_rows,
+    type_name,
 )
 from moelten.kernels.triton import activation_arguments
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
@@ -88,24 +89,23 @@ class HopperBackend(ArenaBackend):
 
         fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
         pairs, experts = tokens * top_k, spec.num_experts
-        inputs = gathered = inverse = None
+        inputs = wide = None
         if on_input or "w13_pre_scale" in spec.extras:
             inputs = empty_rows(take, pairs, hidden_size, fmt)
         weights = spec.scheme.weights
-        scale_type = "" if weights.scale_dtype is None else str(weights.scale_dtype)
-        scale_type = scale_type.removeprefix("torch.")
-        wide = choose_wide(storage(weights, self.operand), scale_type, pairs, experts)
-        block = wide.block if wide else block_of(pairs, experts)
+        stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
+        variant = choose_wide(stored, scale_type, pairs, experts)
+        block = variant.block if variant else block_of(pairs, experts)
         plan = empty_plan(take, pairs, experts, block)
         hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 32) * 32)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
         slots = take(torch.float32, count)
-        if wide:
+        if variant:
             width = -(-hidden_size // 32) * 32
             gathered = slots.view(fmt.data_dtype)[: pairs * width].view(pairs, width)
-            inverse = take(torch.int32, pairs)
-        return _Stages(plan, inputs, gathered, inverse, hidden, slots, wide)
+            wide = _Wide(variant, gathered, take(torch.int32, pairs))
+        return _Stages(plan, inputs, hidden, slots, wide)
 
     def run_chunk(
         self, x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
@@ -131,17 +131,17 @@ class HopperBackend(ArenaBackend):
             extras.get("w2_pre_scale"),
         )
         router = None if routing.on_input else routing.weights
-        if stages.inverse is None:
+        if stages.wide is None:
             second = Epilogue(extras.get("w2_bias"), router=router)
-            slots = _gemms(rows, rows_per_source, experts, stages, ids.numel(), first, second)
+            slots = _few(rows, rows_per_source, experts, stages, ids.numel(), first, second)
             combine(slots, ids, *where, out)
         else:
             second = Epilogue(extras.get("w2_bias"))
-            slots = _wide_gemms(rows, rows_per_source, experts, stages, ids.numel(), first, second)
-            combine(slots, ids, *where, out, inverse=stages.inverse, router=router)
+            slots = _many(rows, rows_per_source, experts, stages, stages.wide, first, second)
+            combine(slots, ids, *where, out, inverse=stages.wide.inverse, router=router)
 
 
-def _gemms(
+def _few(
     rows: Tensor,
     rows_per_source: int,
     experts: PackedExperts,
@@ -151,110 +151,70 @@ def _gemms(
     second: Epilogue,
 ) -> Tensor:
     """Both GEMMs for few tokens per expert: the slots [splits, P, H]."""
-    from moelten.kernels.hopper_gemm import grouped_gemm
+    from moelten.kernels.hopper_gemm import grouped_gemm, matrices
 
-    spec, plan = experts.spec, stages.plan
-    fmt, operand = spec.scheme.weights, spec.scheme.activations.name
-    hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
-    sizes = (storage(fmt, operand), plan.block, pairs, spec.num_experts)
-    v13 = make_variant(*sizes, _row_tiles(halves * inter), hidden, may_split=False)
-    v2 = make_variant(*sizes, _row_tiles(hidden), inter, may_split=True)
+    (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden
+    sizes = (w13.stored, plan.block, pairs, experts.spec.num_experts)
+    v13 = make_variant(*sizes, w13.row_tiles, w13.columns, may_split=False)
+    v2 = make_variant(*sizes, w2.row_tiles, w2.columns, may_split=True)
     grouped_gemm(
-        rows,
-        experts.parts("w13"),
-        fmt,
-        operand,
-        (halves, inter, hidden),
-        plan,
-        stages.hidden,
-        v13,
-        first=True,
-        rows_per_source=rows_per_source,
-        epilogue=first,
+        rows, w13, plan, hidden, v13, first=True, rows_per_source=rows_per_source, epilogue=first
     )
-    slots = stages.slots[: v2.splits * pairs * hidden].view(v2.splits, pairs, hidden)
-    grouped_gemm(
-        stages.hidden,
-        experts.parts("w2"),
-        fmt,
-        operand,
-        (1, hidden, inter),
-        plan,
-        slots,
-        v2,
-        first=False,
-        epilogue=second,
-    )
+    slots = stages.slots[: v2.splits * pairs * w2.rows].view(v2.splits, pairs, w2.rows)
+    grouped_gemm(hidden, w2, plan, slots, v2, first=False, epilogue=second)
     return slots
 
 
-def _wide_gemms(
+def _many(
     rows: Tensor,
     rows_per_source: int,
     experts: PackedExperts,
     stages: _Stages,
-    pairs: int,
+    wide: _Wide,
     first: Epilogue,
     second: Epilogue,
 ) -> Tensor:
     """Both GEMMs for many tokens per expert: the slots [1, P, H]."""
-    from moelten.kernels.hopper_gemm import prefill_gemm
+    from moelten.kernels.hopper_gemm import matrices, prefill_gemm
     from moelten.kernels.hopper_plan import gather
 
-    spec, plan = experts.spec, stages.plan
-    fmt, operand = spec.scheme.weights, spec.scheme.activations.name
-    hidden, inter, halves = spec.hidden_size, spec.intermediate_size, spec.activation.halves
-    assert stages.wide is not None
-    assert stages.gathered is not None and stages.inverse is not None
-    gather(rows, rows_per_source, plan, stages.gathered, stages.inverse)
-    slots = stages.slots[: pairs * hidden].view(1, pairs, hidden)
-    prefill_gemm(
-        stages.gathered,
-        experts.parts("w13"),
-        fmt,
-        operand,
-        (halves, inter, hidden),
-        plan,
-        stages.hidden[0],
-        stages.wide,
-        ordered=True,
-        epilogue=first,
-    )
-    prefill_gemm(
-        stages.hidden[0],
-        experts.parts("w2"),
-        fmt,
-        operand,
-        (1, hidden, inter),
-        plan,
-        slots[0],
-        stages.wide,
-        ordered=False,
-        epilogue=second,
-    )
-    return slots
+    (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
+    gather(rows, rows_per_source, plan, wide.gathered, wide.inverse)
+    prefill_gemm(wide.gathered, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
+    pairs = len(hidden)
+    slots = stages.slots[: pairs * w2.rows].view(pairs, w2.rows)
+    prefill_gemm(hidden, w2, plan, slots, wide.variant, ordered=False, epilogue=second)
+    return slots[None]
+
+
+@dataclass(frozen=True)
+class _Wide:
+    """What many tokens per expert need.
+
+    gathered: [P, H rounded up to 32] in the place of the slots: rows by position in the plan
+    inverse:  int32 [P], the position of each pair
+    """
+
+    variant: WideVariant
+    gathered: Tensor
+    inverse: Tensor
 
 
 @dataclass(frozen=True)
 class _Stages:
     """Where the stages of one chunk write: P pairs, valid or not.
 
-    inputs:  rows of the input by pair, [P]; None where GEMM1 reads x itself
-    gathered: [P, H rounded up to 32] in the place of slots: for many tokens per expert, rows by
-              position in the plan
-    inverse:  int32 [P], the position of each pair; with `gathered`
-    hidden:   [1, P, I rounded up to 32], in the operand type
-    slots:    fp32, of which splits * P rows are used
-    wide:     how many tokens per expert are multiplied; None for few
+    inputs: rows of the input by pair, [P]; None where GEMM1 reads x itself
+    hidden: [1, P, I rounded up to 32], in the operand type
+    slots:  fp32, of which splits * P rows are used
+    wide:   None for few tokens per expert
     """
 
     plan: TilePlan
     inputs: Rows | None
-    gathered: Tensor | None
-    inverse: Tensor | None
     hidden: Tensor
     slots: Tensor
-    wide: WideVariant | None
+    wide: _Wide | None
 
 
 def _row_tiles(rows: int) -> int:

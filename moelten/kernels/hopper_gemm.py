@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moelten.formats import Format
-from moelten.kernels.hopper_codes import storage
+from moelten.kernels.hopper_codes import Storage, storage
 from moelten.kernels.hopper_decode import decode_kernel
 from moelten.kernels.hopper_prefill import prefill_kernel
 from moelten.kernels.hopper_ring import Problem
-from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows
+from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, type_name
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue
 from moelten.kernels.triton_ops import TilePlan
+from moelten.packed import PackedExperts
 
 # Boxes in shared memory, rows of 128 bytes: words of codes, words of row parameters, activations.
 _WORDS, _PLAIN = gl.NVMMASharedLayout(128, 32, 2), gl.NVMMASharedLayout(0, 32, 2)
@@ -23,12 +26,46 @@ _TOKENS = gl.NVMMASharedLayout(128, 16, 2)
 _OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of every expert.
+
+    parts:         the tensors of `hopper_layout`, expert-major
+    halves:        2 for gate and up, else 1
+    rows, columns: N and K of each half
+    """
+
+    parts: dict[str, Tensor]
+    stored: Storage
+    operand: Any
+    halves: int
+    rows: int
+    columns: int
+
+    @property
+    def row_tiles(self) -> int:
+        return -(-self.rows * self.halves // 64)
+
+    @property
+    def scale_type(self) -> str:
+        scale = self.parts.get("scale")
+        return type_name(None if scale is None else scale.dtype)
+
+
+def matrices(experts: PackedExperts) -> tuple[Matrix, Matrix]:
+    """w13 and w2."""
+    spec, operand = experts.spec, experts.spec.scheme.activations.name
+    kind = storage(spec.scheme.weights, operand), _OPERANDS[operand]
+    hidden, inter = spec.hidden_size, spec.intermediate_size
+    return (
+        Matrix(experts.parts("w13"), *kind, spec.activation.halves, inter, hidden),
+        Matrix(experts.parts("w2"), *kind, 1, hidden, inter),
+    )
+
+
 def grouped_gemm(
     x: Tensor,
-    matrix: dict[str, Tensor],
-    fmt: Format,
-    operand: str,
-    shape: tuple[int, int, int],
+    matrix: Matrix,
     plan: TilePlan,
     out: Tensor,
     variant: Variant,
@@ -39,43 +76,31 @@ def grouped_gemm(
 ) -> None:
     """Write out[s, p] for every valid pair p, from row p // rows_per_source of x.
 
-    x:       [R, K rounded up to 8] in the operand type, "bf16" or "fp16"
-    matrix:  the tensors of `hopper_layout` for weights in `fmt`, expert-major
-    shape:   halves, N and K of one expert's matrix
+    x:       [R, K rounded up to 8] in the operand type
     out:     [splits, P, N rounded up to 8], what each split of K brings; rows of invalid pairs are
              not written
     first:   whether this is the first GEMM after the plan
     """
-    halves, rows, columns = shape
-    scale = matrix.get("scale")
-    table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
-    alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
-    row_tiles = -(-rows * halves // 64)
-    steps = -(-columns // (64 * variant.warps))
+    scale, zero = matrix.parts.get("scale"), matrix.parts.get("zero")
+    table, *numbers, limited = _activation(epilogue)
+    steps = -(-matrix.columns // (64 * variant.warps))
     launch(
-        decode_kernel, (plan.max_tiles * row_tiles * variant.splits,),
-        _words(x), _words(matrix["data"]), None if scale is None else _words(scale),
-        _words(matrix["zero"]) if "zero" in matrix else None, matrix.get("row_scale"),
-        plan.pairs, plan.tiles, plan.count, plan.max_tiles,
+        decode_kernel, (plan.max_tiles * matrix.row_tiles * variant.splits,),
+        _words(x), _words(matrix.parts["data"]), _words(scale), _words(zero),
+        matrix.parts.get("row_scale"), plan.pairs, plan.tiles, plan.count, plan.max_tiles,
         epilogue.bias, table, epilogue.post_scale,
         None if epilogue.router is None else epilogue.router.contiguous(),
-        out, variant.splits, -(-steps // variant.splits), out.stride(0),
-        alpha, beta, limit, rows_per_source,
-        K=columns, N=rows, HALVES=halves, W=storage(fmt, operand),
-        SCALE="" if scale is None else str(scale.dtype).removeprefix("torch."),
-        OPERAND=_OPERANDS[operand], ACTIVATION=epilogue.activation,
-        LIMITED=table is not None or limit != float("inf"),
-        BLOCK=plan.block, WARPS=variant.warps, FIRST=first,
+        out, variant.splits, -(-steps // variant.splits), out.stride(0), *numbers, rows_per_source,
+        K=matrix.columns, N=matrix.rows, HALVES=matrix.halves, W=matrix.stored,
+        SCALE=matrix.scale_type, OPERAND=matrix.operand, ACTIVATION=epilogue.activation,
+        LIMITED=limited, BLOCK=plan.block, WARPS=variant.warps, FIRST=first,
         maxnreg=variant.registers, num_warps=variant.warps, launch_pdl=True,
     )  # fmt: skip
 
 
 def prefill_gemm(
     x: Tensor,
-    matrix: dict[str, Tensor],
-    fmt: Format,
-    operand: str,
-    shape: tuple[int, int, int],
+    matrix: Matrix,
     plan: TilePlan,
     out: Tensor,
     variant: WideVariant,
@@ -87,45 +112,45 @@ def prefill_gemm(
 
     x:        [P, K rounded up to 32] in the operand type, columns in the order of operands
               (`hopper_plan.gather`)
-    matrix:   the tensors of `hopper_layout` for weights in `fmt`, expert-major
-    shape:    halves, N and K of one expert's matrix
     out:      as x if `ordered`, for the next GEMM; else [P, N]
     epilogue: without router weights
     """
-    halves, rows, columns = shape
-    stored, scale, zero = storage(fmt, operand), matrix.get("scale"), matrix.get("zero")
-    scale_type = "" if scale is None else str(scale.dtype).removeprefix("torch.")
-    table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
-    alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
+    stored, scale, zero = matrix.stored, matrix.parts.get("scale"), matrix.parts.get("zero")
+    table, *numbers, limited = _activation(epilogue)
     # What does not come in rows of 128 bytes is little, and loaded by the lanes.
-    lanes_scale = scale if stored.scale == "block" else None
-    lanes_zero = zero if stored.group == 0 else None
-    chunk_rows, scale_rows, zero_rows = box_rows(stored, scale_type)
+    chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
     problem = Problem(
-        rows, columns, halves, stored, scale_type, _OPERANDS[operand], epilogue.activation,
-        table is not None or limit != float("inf"), ordered, plan.block, variant.slots,
-        variant.stage,
+        matrix.rows, matrix.columns, matrix.halves, stored, matrix.scale_type, matrix.operand,
+        epilogue.activation, limited, ordered, plan.block, variant.slots, variant.stage,
     )  # fmt: skip
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     launch(
         prefill_kernel, (programs,),
-        _boxes(matrix["data"], variant.stage * chunk_rows, _WORDS),
-        None if scale is None or lanes_scale is not None else _boxes(scale, scale_rows, _PLAIN),
-        None if zero is None or lanes_zero is not None else _boxes(zero, zero_rows, _PLAIN),
+        _boxes(matrix.parts["data"], variant.stage * chunk_rows, _WORDS),
+        _boxes(scale, scale_rows, _PLAIN), _boxes(zero, zero_rows, _PLAIN),
         TensorDescriptor.from_tensor(x, [plan.block // 4, 64], _TOKENS),
-        None if lanes_scale is None else _words(lanes_scale),
-        None if lanes_zero is None else _words(lanes_zero),
-        matrix.get("row_scale"), plan.tiles, plan.count, plan.max_tiles,
-        -(-columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
-        alpha, beta, limit, P=problem, num_warps=4,
+        None if scale_rows else _words(scale), None if zero_rows else _words(zero),
+        matrix.parts.get("row_scale"), plan.tiles, plan.count, plan.max_tiles,
+        -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
+        *numbers, P=problem, num_warps=4,
     )  # fmt: skip
 
 
-def _boxes(part: Tensor, rows: int, layout: gl.NVMMASharedLayout) -> TensorDescriptor:
-    """Rows of 128 bytes, so many per copy."""
+def _activation(epilogue: Epilogue) -> tuple[Tensor | None, float, float, float, bool]:
+    """Per-expert parameters, or alpha, beta and limit of all; and whether there may be limits."""
+    parameters = epilogue.parameters
+    if isinstance(parameters, Tensor):
+        return parameters, 1.0, 0.0, 0.0, True
+    return None, *parameters, parameters[2] != float("inf")
+
+
+def _boxes(part: Tensor | None, rows: int, layout: gl.NVMMASharedLayout) -> TensorDescriptor | None:
+    """Rows of 128 bytes, so many per copy; None for none."""
+    if part is None or rows == 0:
+        return None
     words = part.view(torch.uint8).view(torch.int32).view(-1, 32)
     return TensorDescriptor.from_tensor(words, [rows, 32], layout)
 
 
-def _words(part: Tensor) -> Tensor:
-    return part.view(torch.int32).view(torch.uint32)
+def _words(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.view(torch.int32).view(torch.uint32)

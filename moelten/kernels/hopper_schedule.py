@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from moelten.kernels.hopper_codes import Storage
 
 # Programs that keep enough bytes in flight on the 132 multiprocessors of a full part.
@@ -85,12 +87,17 @@ def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     Two chunks to a stage where those are few bytes, or one group's; else sums would be brought to
     other units (`hopper_prefill`) between chunks of the same row tile.
     """
-    grouped = stored.scale in ("group", "block") and stored.group != 128
-    stage = 1 if stored.code.bits == 16 or grouped else 2
-    stage = 1 if stored.code.bits == 8 and stored.scale != "block" else stage
+    little = stored.code.bits == 4 or stored.scale == "block"
+    one_group = stored.scale not in ("group", "block") or stored.group == 128
+    stage = 2 if little and one_group else 1
     chunk, scale, zero = box_rows(stored, scale_type)
     slot = 128 * (4 * (stage * chunk + scale + zero) + stage * _WIDE_BLOCK)
     return WideVariant(_WIDE_BLOCK, min(_SHARED_BYTES // slot, 8), stage)
+
+
+def type_name(dtype: torch.dtype | None) -> str:
+    """A scale's type, as kernels are told; "" for none."""
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
