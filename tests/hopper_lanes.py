@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4
-from moelten.kernels.hopper_codes import Storage, storage
+from moelten.kernels.hopper_codes import Storage
 from moelten.qtensor import QTensor
 from tests import ptx
 
 
-def weights(parts: dict[str, Tensor], fmt: Format, operand: str, shape: tuple[int, ...]) -> Tensor:
+def weights(parts: dict[str, Tensor], stored_as: Storage, shape: tuple[int, ...]) -> Tensor:
     """Weights (fp64, `shape`) as lanes decode and scale them; also checks that padding is zero."""
-    stored = _rows_and_columns(Lanes(parts, storage(fmt, operand)))
+    stored = _rows_and_columns(Lanes(parts, stored_as))
     *batch, rows, columns = shape
     # Row r of the tiles: tile T = r // 64, warp w, row half b, g.
     r = torch.arange(stored.shape[0])
@@ -60,6 +60,10 @@ class Lanes:
         for at, size in zip(index, part.shape, strict=True):
             offset = offset * size + at
         return flat[offset]
+
+    def bf16(self, name: str, *index: Tensor | int) -> Tensor:
+        """Bits of an element of a bf16 part."""
+        return ptx.encode_float(self.read(name, *index), "bf16")
 
     def values(self):
         """((row, column) of the stored matrix, weight) of every register element."""
@@ -120,7 +124,13 @@ class Lanes:
     def pair(self, kind: str, c: int) -> Tensor:
         """The pair register for block c of the lane's chunk."""
         stored, place = self.stored, (self.tile, self.chunk // 4, self.warp, self.g)
-        if kind == "scale":
+        if kind == "scale" and stored.pairs.registers == 1:
+            # A word has a group's two rows, low and high.
+            pairs, nth = stored.pairs, 0
+            group = (64 * self.chunk + 32 * c) % 256 // stored.group
+            low, high = (self.bf16("scale", *place, group, b) for b in (0, 1))
+            word = low | high << 16
+        elif kind == "scale":
             pairs, nth = stored.pairs, c
             quad_half = (self.t // 2,) if stored.group == 16 else ()
             word = self.read("scale", *place, *quad_half, self.chunk % 4)
@@ -171,9 +181,10 @@ def matrix(fmt: Format, shape: tuple[int, ...], seed: int = 0) -> QTensor:
     scales = (*batch, *fmt.scale_shape(rows, columns))
     parts = {}
     if fmt.scale_dtype == torch.uint8:
-        # As many as one row may have: see `Storage.least`; FP8 scales are not folded.
+        # All that the matrix may have, see `Storage.least`, and as many as a row may.
         low, high = {MXFP4: (0, 129), MXFP8: (3, 135)}.get(type(fmt), (0, 255))
-        scale = scatter(torch.arange(low, high, dtype=torch.uint8), scales)
+        first = torch.randint(low, high - 58, (*scales[:-1], 1), generator=g)
+        scale = (first + scatter(torch.arange(59), scales)).to(torch.uint8)
     elif fmt.scale_dtype == torch.float8_e4m3fn:
         scale = scatter(finite, scales).view(torch.float8_e4m3fn)
     else:

@@ -20,6 +20,8 @@ ARITHMETIC = {
     for name, operation in (("mul", operator.mul), ("sub", operator.sub))
     for kind in FLOATS
 }
+# Exact in fp64 before the one rounding: 11-bit factors, and a sum within 53 bits.
+ARITHMETIC["fma.rn.f16x2"] = (lambda x, y, z: x * y + z, "f16")
 
 
 def run(text: str, inputs: dict[str, Tensor], outputs: int) -> list[Tensor]:
@@ -109,6 +111,9 @@ def _evaluate(op: str, a: list[Tensor]) -> Tensor:
     if op == "cvt.rn.f16x2.e4m3x2":
         halves = (encode_float(decode_e4m3(a[0] >> 8 * i & 0xFF), "f16") for i in (0, 1))
         return sum(half << 16 * i for i, half in enumerate(halves))
+    if op == "cvt.rn.f16x2.f32":
+        high, low = (x.int().view(torch.float32).double() for x in a)
+        return encode_float(high, "f16") << 16 | encode_float(low, "f16")
     if op not in ARITHMETIC:
         raise NotImplementedError(op)
     operation, kind = ARITHMETIC[op]

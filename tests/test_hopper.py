@@ -93,10 +93,21 @@ class Launches(list):
 
 
 @pytest.mark.parametrize("on_input", [False, True])
-@pytest.mark.parametrize("tokens, count", [(9, 4), (150, 5), (9000, 6)])
-def test_launches_inside_the_workspace(monkeypatch, tokens, count, on_input):
-    """Four launches for few tokens, five or (with a plan in two) six for many, one more where rows
-    differ by pair; and memory that is the workspace's own."""
+@pytest.mark.parametrize(
+    "name, tokens, count",
+    [
+        ("mxfp4_bf16", 9, 4),
+        ("mxfp4_bf16", 150, 5),
+        ("mxfp4_bf16", 9000, 6),
+        ("int4g32_bf16", 9, 4),
+        ("int4g32_bf16", 150, 7),
+        ("int4g32_bf16", 9000, 8),
+    ],
+)
+def test_launches_inside_the_workspace(monkeypatch, name, tokens, count, on_input):
+    """Four launches for few tokens, five or (with a plan in two) six for many, and two more where
+    their rows become fp16; one more where rows differ by pair, unless they become fp16 then. And
+    memory that is the workspace's own."""
     pytest.importorskip("triton")
     from moelten.kernels import hopper_gemm, hopper_plan, triton_ops
 
@@ -114,7 +125,7 @@ def test_launches_inside_the_workspace(monkeypatch, tokens, count, on_input):
         "get_device_properties",
         lambda device: SimpleNamespace(multi_processor_count=132),
     )
-    case = Case(scheme("int4g32_bf16"), hidden_size=192, intermediate_size=96, tokens=tokens)
+    case = Case(scheme(name), hidden_size=192, intermediate_size=96, tokens=tokens)
     weights, (x, routing) = make_weights(case), make_input(case)
     routing = replace(routing, on_input=on_input)
     backend = HopperBackend()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -65,14 +67,34 @@ CODES = {name: c for name, c in vars(hopper_codes).items() if isinstance(c, Code
 PAIR_CODES = {name: c for name, c in vars(hopper_codes).items() if isinstance(c, PairCode)}
 
 
-def emulate(q: QTensor, operand: str) -> torch.Tensor:
-    return hopper_lanes.weights(HopperLayout(operand).pack(q), q.format, operand, q.shape)
+def emulate(q: QTensor, operand: str, folded: bool = False) -> torch.Tensor:
+    stored = storage(q.format, operand)
+    parts = HopperLayout(operand).pack(q)
+    return hopper_lanes.weights(parts, stored.folded if folded else stored, q.shape)
 
 
 @pytest.mark.parametrize("fmt, operand, shape", CASES)
 def test_lanes_decode_what_dequantize_does(fmt, operand, shape):
     q = hopper_lanes.matrix(fmt, shape)
     assert torch.equal(emulate(q, operand), dequantize(q, torch.float64))
+
+
+@pytest.mark.parametrize("operand", ["bf16", "fp16"])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_scales_that_fold_in_fp16_are_exact(group, operand):
+    """Over 27 powers of two in a row, of both signs, from any power on; below they round."""
+    for shape in ((2, 40, 384), (136, 640)):
+        q = hopper_lanes.matrix(Int4(group), shape)
+        g = torch.Generator().manual_seed(group)
+        exponent = torch.randint(-26, 1, q.scale.shape, generator=g)
+        exponent += torch.randint(-60, 60, (*q.scale.shape[:-1], 1), generator=g)
+        q = replace(q, scale=torch.ldexp(q.scale.sign() * 1.9921875, exponent).bfloat16())
+        assert torch.equal(emulate(q, operand, folded=True), dequantize(q, torch.float64))
+    scale = q.scale.clone()
+    scale[:, 0] *= 2.0**-40
+    small = replace(q, scale=scale)
+    error = (emulate(small, operand, folded=True) - dequantize(small, torch.float64)).abs()
+    assert (error <= 2.0**-33 * small.scale.abs().amax(-1, keepdim=True).double()).all()
 
 
 @pytest.mark.parametrize("fmt, operand", PAIRS, ids=IDS)
@@ -93,6 +115,7 @@ BUDGET = {
     "INT4_BF16_ZERO": (28, 16),
     "INT4_FP16": (28, 16),
     "INT4_FP16_ZERO": (28, 16),
+    "INT4_FP16_SCALED": (32, 18),  # 8 and 4, and one of a pair for each block
     "E4M3_BF16": (20, 8),  # 16 codes: 10 and 4
     "E4M3_BF16_SCALED": (20, 8),
     "E4M3_FP16": (0, 8),
@@ -105,6 +128,7 @@ BUDGET = {
     "INT4_INT8": (12, 0),  # 3
     # Words of row parameters.
     "E8M0_PAIRS": (3, 0),
+    "BF16_PAIR": (2, 1),
     "E4M3_BF16_PAIRS": (5, 4),
     "E4M3_FP16_PAIRS": (0, 4),
     "ZERO_BF16_PAIRS": (7, 0),
@@ -120,7 +144,7 @@ def test_every_code_has_a_budget():
 def test_instructions_stay_in_the_budget(name):
     ptx_text = (CODES | PAIR_CODES)[name].ptx
     ops = [line.split(".")[0] for line in ptx_text.splitlines()]
-    arithmetic = sum(ops.count(op) for op in ("mul", "sub", "cvt"))
+    arithmetic = sum(ops.count(op) for op in ("mul", "sub", "fma", "cvt"))
     integer = sum(ops.count(op) for op in ("and", "lop3", "shf", "shl", "shr", "mad"))
     assert (integer, arithmetic) == BUDGET[name]
 
@@ -158,7 +182,7 @@ def test_faults_are_seen(fault, fmt, how, monkeypatch):
             return {k: out[tuple(x ^ (i == axis) for i, x in enumerate(k))] for k in out}
 
         monkeypatch.setattr(hopper_lanes.Lanes, "registers", swapped)
-    assert not torch.equal(hopper_lanes.weights(parts, fmt, "bf16", shape), want), fault
+    assert not torch.equal(hopper_lanes.weights(parts, storage(fmt, "bf16"), shape), want), fault
 
 
 def test_the_matrix_instruction_agrees_on_the_order_of_columns():
@@ -206,7 +230,8 @@ def test_every_e8m0_exponent_is_exact(fmt, operand):
     data = hopper_lanes.matrix(fmt, (256, 64)).data
     exponents = torch.arange(256).clamp(max=254)
     scale = exponents[:, None].expand(-1, 2).clone()
-    span = 254 - storage(fmt, operand).bias - storage(fmt, operand).least
+    stored = storage(fmt, operand)
+    span = 59 if stored.scale == "group" else 254 - stored.bias - stored.least
     scale[:, 1] = torch.minimum(scale[:, 0] + span, torch.tensor(254))
     q = QTensor(data, fmt, scale.to(torch.uint8))
     assert torch.equal(emulate(q, operand), dequantize(q, torch.float64))

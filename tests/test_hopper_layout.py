@@ -29,7 +29,7 @@ from moelten.formats import (
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_layout import HopperLayout
 from moelten.packed import PackedExperts
-from moelten.qtensor import QTensor
+from moelten.qtensor import QTensor, expand_blocks
 from tests.cases import Case, make_weights
 from tests.hopper_lanes import matrix
 
@@ -94,7 +94,9 @@ SHAPES = {
     MXFP4(): {"data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 4), "row_scale": (3, 64)},
     NVFP4(): {"data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 2, 4), "row_scale": (3, 64)},
     MXFP8(): {"data": (3, 5, 2, 4, 32, 4), "scale": (3, 2, 4, 8, 4), "row_scale": (3, 64)},
-    Int4(32): {"data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 8, 2)},
+    Int4(32): {
+        "data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 8, 2), "row_scale": (3, 64)
+    },
     Int4(64, True): {
         "data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 4, 2), "zero": (3, 2, 4, 8, 1)
     },
@@ -136,7 +138,49 @@ def test_float_scales_of_any_sign_and_size_survive():
     values = torch.tensor([-0.0, 0.0, info.max, -info.max, info.tiny, 2.0**-149, -1.5, 1.0])
     for fmt, shape in ((INT8_ROW, (8, 64)), (FP8_GROUP, (8, 128)), (FP8_BLOCK, (1024, 128))):
         q = replace(matrix(fmt, shape), scale=values[:, None])
-        assert_same(HopperLayout().unpack(HopperLayout().pack(q), fmt, shape), q)
+        unpacked = HopperLayout().unpack(HopperLayout().pack(q), fmt, shape)
+        if fmt.block[1] is not None:
+            # Codes under a scale of zero come back as zeros.
+            rows = shape[0] // len(values)
+            assert not raw(unpacked.data[: 2 * rows]).any()
+            q, unpacked = q.rows(2 * rows, shape[0]), unpacked.rows(2 * rows, shape[0])
+        assert_same(unpacked, q)
+
+
+GROUPED = [Int4(32, False, "float32"), Int4(64, True), FP8_BLOCK, FP8_GROUP, INT8_BLOCK]
+
+
+@pytest.mark.parametrize("fmt", GROUPED, ids=str)
+def test_codes_under_a_scale_of_zero_are_zeros(fmt):
+    q = matrix(fmt, (256, 512))
+    g = torch.Generator().manual_seed(1)
+    q = replace(q, scale=q.scale * (torch.rand(q.scale.shape, generator=g) > 0.4))
+    unpacked = HopperLayout().unpack(HopperLayout().pack(q), fmt, q.shape)
+    assert torch.equal(dequantize(unpacked), dequantize(q))
+    ones = torch.ones_like(q.scale)
+    values, wanted = (dequantize(replace(each, scale=ones)) for each in (unpacked, q))
+    dead = expand_blocks(q.scale == 0, fmt.block, q.shape)
+    assert torch.equal(values, torch.where(dead, 0, wanted))
+
+
+@pytest.mark.parametrize("fmt", GROUPED, ids=str)
+def test_scales_too_far_apart_are_refused(fmt):
+    q = matrix(fmt, (256, 512))
+    q.scale[:] = 1
+    q.scale[1, 2] = 2.0**-60
+    with pytest.raises(FormatError, match=r"1 .* scales, the first at \[1, 2\], are not over"):
+        HopperLayout().pack(q)
+    q.scale[1, 2] = 2.0**-59
+    assert_same_after_packing(q)
+    # Nothing but zeros may lie under any scale that is small.
+    q.scale[1, 2] = 2.0**-70
+    data = torch.zeros_like(q.data.view(torch.uint8)).view(q.data.dtype)
+    zero = None if q.zero is None else torch.zeros_like(q.zero)
+    assert_same_after_packing(replace(q, data=data, zero=zero))
+
+
+def assert_same_after_packing(q: QTensor) -> None:
+    assert_same(HopperLayout().unpack(HopperLayout().pack(q), q.format, q.shape), q)
 
 
 CASES = [

@@ -85,17 +85,21 @@ class HopperBackend(ArenaBackend):
         self, take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool
     ) -> _Stages:
         """Everything that a chunk of so many tokens needs beside its arguments."""
-        from moelten.kernels.triton_ops import empty_plan, empty_rows
+        from moelten.kernels.triton_ops import Rows, empty_plan, empty_rows
 
         fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
         pairs, experts = tokens * top_k, spec.num_experts
-        inputs = wide = None
-        if on_input or "w13_pre_scale" in spec.extras:
-            inputs = empty_rows(take, pairs, hidden_size, fmt)
         weights = spec.scheme.weights
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts)
         block = variant.block if variant else block_of(pairs, experts)
+        # bf16 rows for operands of fp16 become that, times a power of two of each row.
+        dtype = torch.float16 if variant and stored.folded and self.operand == "bf16" else None
+        inputs = wide = None
+        if on_input or "w13_pre_scale" in spec.extras:
+            inputs = empty_rows(take, pairs, hidden_size, fmt, dtype=dtype)
+        elif dtype:
+            inputs = empty_rows(take, tokens, hidden_size, fmt, dtype=dtype)
         plan = empty_plan(take, pairs, experts, block)
         hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 32) * 32)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
@@ -103,8 +107,10 @@ class HopperBackend(ArenaBackend):
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
-            gathered = slots.view(fmt.data_dtype)[: pairs * width].view(pairs, width)
-            wide = _Wide(variant, gathered, take(torch.int32, pairs))
+            rows = slots.view(dtype or fmt.data_dtype)[: pairs * width].view(pairs, width)
+            scales = [take(torch.float32, pairs, 1) if dtype else None for _ in "12"]
+            second = Rows(hidden[0].view(dtype or fmt.data_dtype), scales[1])
+            wide = _Wide(variant, Rows(rows, scales[0]), second, take(torch.int32, pairs))
         return _Stages(plan, inputs, hidden, slots, wide)
 
     def run_chunk(
@@ -133,7 +139,7 @@ class HopperBackend(ArenaBackend):
         router = None if routing.on_input else routing.weights
         if stages.wide is None:
             second = Epilogue(extras.get("w2_bias"), router=router)
-            slots = _few(rows, rows_per_source, experts, stages, ids.numel(), first, second)
+            slots = _few(rows.data, rows_per_source, experts, stages, ids.numel(), first, second)
             combine(slots, ids, *where, out)
         else:
             second = Epilogue(extras.get("w2_bias"))
@@ -166,7 +172,7 @@ def _few(
 
 
 def _many(
-    rows: Tensor,
+    rows: Rows,
     rows_per_source: int,
     experts: PackedExperts,
     stages: _Stages,
@@ -177,13 +183,16 @@ def _many(
     """Both GEMMs for many tokens per expert: the slots [1, P, H]."""
     from moelten.kernels.hopper_gemm import matrices, prefill_gemm
     from moelten.kernels.hopper_plan import gather
+    from moelten.kernels.triton_ops import quantize_rows
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
-    gather(rows, rows_per_source, plan, wide.gathered, wide.inverse)
-    prefill_gemm(wide.gathered, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
+    gather(rows, rows_per_source, plan, wide.first, wide.inverse)
+    prefill_gemm(wide.first, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
+    if wide.second.scale is not None:
+        quantize_rows(hidden, experts.spec.scheme.activations, rows=wide.second)
     pairs = len(hidden)
     slots = stages.slots[: pairs * w2.rows].view(pairs, w2.rows)
-    prefill_gemm(hidden, w2, plan, slots, wide.variant, ordered=False, epilogue=second)
+    prefill_gemm(wide.second, w2, plan, slots, wide.variant, ordered=False, epilogue=second)
     return slots[None]
 
 
@@ -191,12 +200,14 @@ def _many(
 class _Wide:
     """What many tokens per expert need.
 
-    gathered: [P, H rounded up to 32] in the place of the slots: rows by position in the plan
-    inverse:  int32 [P], the position of each pair
+    first:   [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
+    second:  [P, I rounded up to 32], rows of GEMM2 by position; the place of the hidden rows
+    inverse: int32 [P], the position of each pair
     """
 
     variant: WideVariant
-    gathered: Tensor
+    first: Rows
+    second: Rows
     inverse: Tensor
 
 
@@ -204,7 +215,7 @@ class _Wide:
 class _Stages:
     """Where the stages of one chunk write: P pairs, valid or not.
 
-    inputs: rows of the input by pair, [P]; None where GEMM1 reads x itself
+    inputs: rows of the input, [T] or by pair [P]; None where GEMM1 reads x itself
     hidden: [1, P, I rounded up to 32], in the operand type
     slots:  fp32, of which splits * P rows are used
     wide:   None for few tokens per expert
@@ -223,15 +234,16 @@ def _row_tiles(rows: int) -> int:
 
 def _input_rows(
     x: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None
-) -> tuple[Tensor, int]:
-    """Rows of x, and how many pairs share each: top_k, unless pairs differ by expert."""
-    from moelten.kernels.triton_ops import Pairs, quantize_rows
+) -> tuple[Rows, int]:
+    """GEMM1's rows, written to `rows`, and how many pairs share each: top_k, or one."""
+    from moelten.kernels.triton_ops import Pairs, Rows, quantize_rows
 
     spec = experts.spec
     if rows is None:
-        return x, routing.top_k
+        return Rows(x), routing.top_k
+    fmt, pre = spec.scheme.activations, experts.tensors.get("w13_pre_scale")
+    if not routing.on_input and pre is None:
+        return quantize_rows(x, fmt, rows=rows), routing.top_k
     router = routing.weights if routing.on_input else None
-    pre = experts.tensors.get("w13_pre_scale")
     pairs = Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre)
-    quantize_rows(x, spec.scheme.activations, pairs, by_token=True, rows=rows)
-    return rows.data, 1
+    return quantize_rows(x, fmt, pairs, by_token=True, rows=rows), 1

@@ -155,9 +155,10 @@ def body(lines: list[str]) -> str:
     return "{\n" + "\n".join([".reg .b32 t<8>;", ".reg .b16 h<2>;", *lines]) + "\n}"
 
 
-def spread(pair: str) -> list[str]:
-    """t4 and t5: both halves of a pair, each in both halves of a register (free in SASS)."""
-    return [f"mov.b32 {{h0, h1}}, {pair};", "mov.b32 t4, {h0, h0};", "mov.b32 t5, {h1, h1};"]
+def spread(pair: str, low: str = "t4", high: str = "t5") -> list[str]:
+    """Both halves of a pair, each in both halves of a register (free in SASS)."""
+    first = f"mov.b32 {{h0, h1}}, {pair};"
+    return [first, f"mov.b32 {low}, {{h0, h0}};", f"mov.b32 {high}, {{h1, h1}};"]
 
 
 def constants(word: int) -> list[str]:

@@ -21,7 +21,8 @@ of the column. Halves of a "pair" are the two row halves b instead: multipliers 
                  bits, are that number times a power of two, subnormals included; one multiplication
                  undoes the power, and applies the scale where the product is exact ("fold")
     int4, int8   the bits of q + 8 or q + 128 in the low mantissa of 128.0 (bf16) or 1024.0 (fp16)
-                 are that much plus q; one subtraction leaves q, or q - zero
+                 are that much plus q; one subtraction leaves q, or q - zero, and one more exact
+                 multiplication, in the same instruction, q * scale
 
 Every step is exact. What remains to be multiplied to the accumulator is `epilogue`, a power of two.
 """
@@ -187,6 +188,31 @@ def _int4(operand: str, zero: bool) -> Code:
 
 INT4_BF16, INT4_BF16_ZERO = _int4("bf16", False), _int4("bf16", True)
 INT4_FP16, INT4_FP16_ZERO = _int4("fp16", False), _int4("fp16", True)
+
+
+def _int4_scaled() -> Code:
+    """(1.5 + q / 16) * scale - 1.5 * scale, whose terms are exact for scales of 8 bits.
+
+    The nibble q + 8 is the high mantissa of 1.0; it lies where `_int4` wants it.
+    """
+    lines = []
+    for block in (0, 1):
+        pair = f"${20 + 2 * block}"
+        lines += ["mov.b32 t3, 0xbe00be00;", f"mul.f16x2 t3, {pair}, t3;"]
+        lines += [*spread("t3", "t6", "t7"), *spread(pair)]
+        for step in (0, 1):
+            for index in range(4):
+                word, move = f"${16 + 2 * block + step}", 6 - 4 * index
+                lines.append(f"{'shl.b32' if move > 0 else 'shr.u32'} t0, {word}, {abs(move)};")
+                lines.append(masked_or("t2", "t0", 0x03C003C0, 0x3C003C00))
+                row, out = index & 1, block + 2 * (index + 4 * step)
+                lines.append(f"fma.rn.f16x2 ${out}, t2, t{4 + row}, t{6 + row};")
+    return Code(
+        "int4", "fp16", 4, INT4_FP16.placement, body(lines), "scale", INT4_FP16.flip, epilogue=16.0
+    )
+
+
+INT4_FP16_SCALED = _int4_scaled()
 
 
 def _int8(operand: str) -> Code:
@@ -361,6 +387,12 @@ def _zeros(base: int) -> PairCode:
     return PairCode(body(lines), 4, places)
 
 
+# The bf16 scales of a group's two rows, which fit in fp16: see `Storage.folded`.
+BF16_PAIR = PairCode(
+    body(["shl.b32 t0, $1, 16;", "and.b32 t1, $1, 0xffff0000;", "cvt.rn.f16x2.f32 $0, t1, t0;"]),
+    1,
+    tuple(range(32)),
+)
 ZERO_BF16_PAIRS, ZERO_FP16_PAIRS = _zeros(0x43004300), _zeros(0x64006400)
 
 
@@ -376,10 +408,14 @@ class Storage:
            "block": multiplies the product of each group of columns; "fold": multiplies the codes
     group: columns per scale, 0 for all
     pairs: how words of scales become pairs of 16-bit multipliers: in the operand type where scales
-           fold, else bf16; None where scales are stored as numbers
+           fold, else bf16; None where scales are stored as numbers. A word has those of both
+           32-column blocks of a chunk, or one group's
     zeros: how words of zero points become what `code` subtracts
     bias, least: exponents e are stored as e + bias - shift, and e - shift >= least keeps every
            product of a scale and a code exact
+    folded: the same bits as operands of fp16, times their scales: 11 bits, which bf16 has not.
+           Then scales are stored times the power of two, whose inverse is the row_scale, that
+           brings the largest of a row to 2**14 .. 2**15; those below 2**-27 of it lose bits
     """
 
     code: Code
@@ -389,6 +425,12 @@ class Storage:
     zeros: PairCode | None = None
     bias: int = 0
     least: int = 1
+    folded: Storage | None = None
+
+    @property
+    def by_chunk(self) -> bool:
+        """Whether a word has the scales of both blocks of a chunk, not those of one group."""
+        return self.pairs is not None and self.pairs.registers == 2
 
 
 _INT4 = {
@@ -429,7 +471,11 @@ def storage(fmt: Format, operand: str) -> Storage:
     where = "row" if group is None else "group" if rows == 1 else "block"
     if isinstance(fmt, Int4) and (operand, fmt.zero_point) in _INT4 and group in _INT4_GROUPS:
         zeros = _ZEROS[operand] if fmt.zero_point else None
-        return Storage(_INT4[operand, fmt.zero_point], where, group or 0, zeros=zeros)
+        folded = None
+        if operand in _ZEROS and group and not fmt.zero_point and fmt.scale == "bfloat16":
+            folded = Storage(INT4_FP16_SCALED, "fold", group, BF16_PAIR)
+        code = _INT4[operand, fmt.zero_point]
+        return Storage(code, where, group or 0, zeros=zeros, folded=folded)
     if (kind, operand) in _BYTES:
         return Storage(_BYTES[kind, operand], where, group or 0)  # type: ignore[index]
     raise UnsupportedError(f"the Hopper layout has no {fmt.name} weights as {operand} operands")

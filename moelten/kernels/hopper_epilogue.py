@@ -9,6 +9,14 @@ from moelten.kernels.triton_epilogue import activate
 
 
 @gluon.jit
+def scale_tokens(acc, scale_ptr, first, stop):
+    """Sums [row group, b, g, tokens], times the scales of their rows of activations."""
+    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout)))
+    row = first + gl.arange(0, acc.shape[3], L)
+    return acc * gl.load(scale_ptr + row, mask=row < stop, other=0.0)[None, None, None, :]
+
+
+@gluon.jit
 def finish(
     acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, split, alpha, beta, limit,
     N: gl.constexpr, ROW_TILES: gl.constexpr, W: gl.constexpr, HALVES: gl.constexpr,

@@ -133,6 +133,7 @@ def _decode(words, pairs, W: gl.constexpr, OPERAND: gl.constexpr):
 def _beside(words, CODE: gl.constexpr, LOADS: gl.constexpr, SAME: gl.constexpr):
     """Row parameters of a chunk, words [warps, g, t], as pairs beside the words of `_decode`.
 
+    With words [warps, g, t, c] each block has its own word.
     SAME: one group has both blocks of the chunk.
     """
     PTX: gl.constexpr = CODE.ptx
@@ -140,7 +141,10 @@ def _beside(words, CODE: gl.constexpr, LOADS: gl.constexpr, SAME: gl.constexpr):
     TYPES: gl.constexpr = _repeat(gl.uint32, CODE.registers)
     LAYOUT: gl.constexpr = _word_layout(words.shape[0], LOADS)
     pairs = gl.inline_asm_elementwise(PTX, CONSTRAINTS, [words], TYPES, is_pure=True, pack=1)
-    p = gl.join(pairs[0], pairs[0] if SAME else pairs[1])  # warp g t c
+    if len(words.shape) == 4:
+        p = pairs[0]
+    else:
+        p = gl.join(pairs[0], pairs[0] if SAME else pairs[1])  # warp g t c
     if LOADS == 1:  # c is an axis of the words, s the other
         p = gl.convert_layout(p, gl.SliceLayout(1, gl.SliceLayout(5, LAYOUT)), assert_trivial=True)
         return p.expand_dims(1).expand_dims(5)
@@ -215,13 +219,13 @@ def operands(words, scale, zero, W: gl.constexpr, OPERAND: gl.constexpr):
     """A row group's weights of a chunk per warp, [warps, 16, 64].
 
     words: [warps, loads, 128]
-    scale: words [warps, g, t], where scales join the operands
+    scale: words [warps, g, t] or, for each block, [warps, g, t, c], where scales join the operands
     zero:  words [warps, g, t], the chunk's zero points lowest
     """
     LOADS: gl.constexpr = words.shape[1]
     if W.scale == "fold":
         PAIRS: gl.constexpr = W.pairs
-        return _decode(words, _beside(scale, PAIRS, LOADS, False), W, OPERAND)
+        return _decode(words, _beside(scale, PAIRS, LOADS, not W.by_chunk), W, OPERAND)
     elif W.zeros is not None:
         ZEROS: gl.constexpr = W.zeros
         return _decode(words, _beside(zero, ZEROS, LOADS, W.group != 32), W, OPERAND)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from moelten.kernels.hopper_ring import Problem
 from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, type_name
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue
-from moelten.kernels.triton_ops import TilePlan
+from moelten.kernels.triton_ops import Rows, TilePlan
 from moelten.packed import PackedExperts
 
 # Boxes in shared memory, rows of 128 bytes: words of codes, words of row parameters, activations.
@@ -45,6 +45,13 @@ class Matrix:
     @property
     def row_tiles(self) -> int:
         return -(-self.rows * self.halves // 64)
+
+    @property
+    def folded(self) -> Matrix:
+        """The same matrix with operands that are multiplied by their scales, where they can be."""
+        if self.stored.folded is None:
+            return self
+        return replace(self, stored=self.stored.folded, operand=gl.float16)
 
     @property
     def scale_type(self) -> str:
@@ -99,7 +106,7 @@ def grouped_gemm(
 
 
 def prefill_gemm(
-    x: Tensor,
+    x: Rows,
     matrix: Matrix,
     plan: TilePlan,
     out: Tensor,
@@ -111,10 +118,11 @@ def prefill_gemm(
     """Write the row of every position of the plan to out, from its row of x.
 
     x:        [P, K rounded up to 32] in the operand type, columns in the order of operands
-              (`hopper_plan.gather`)
-    out:      as x if `ordered`, for the next GEMM; else [P, N]
+              (`hopper_plan.gather`), and the scales of its rows, if any
+    out:      columns as those of x if `ordered`, for the next GEMM; else [P, N]
     epilogue: without router weights
     """
+    matrix = matrix.folded
     stored, scale, zero = matrix.stored, matrix.parts.get("scale"), matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
     # What does not come in rows of 128 bytes is little, and loaded by the lanes.
@@ -123,14 +131,14 @@ def prefill_gemm(
         matrix.rows, matrix.columns, matrix.halves, stored, matrix.scale_type, matrix.operand,
         epilogue.activation, limited, ordered, plan.block, variant.slots, variant.stage,
     )  # fmt: skip
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(
         prefill_kernel, (programs,),
         _boxes(matrix.parts["data"], variant.stage * chunk_rows, _WORDS),
         _boxes(scale, scale_rows, _PLAIN), _boxes(zero, zero_rows, _PLAIN),
-        TensorDescriptor.from_tensor(x, [plan.block // 4, 64], _TOKENS),
+        TensorDescriptor.from_tensor(x.data, [plan.block // 4, 64], _TOKENS),
         None if scale_rows else _words(scale), None if zero_rows else _words(zero),
-        matrix.parts.get("row_scale"), plan.tiles, plan.count, plan.max_tiles,
+        matrix.parts.get("row_scale"), x.scale, plan.tiles, plan.count, plan.max_tiles,
         -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
         *numbers, P=problem, num_warps=4,
     )  # fmt: skip

@@ -50,12 +50,15 @@ loads serve four chunks. The four lanes of a quad read the same ones, but for NV
                            [row tiles, super-blocks, 4 w, 8 g, groups in 256 columns, 2 b]
                     zero   int32 [row tiles, super-blocks, 4 w, 8 g, 2 words (g32) or 1]
                     `ZERO_*_PAIRS`: a word has the pairs of four groups (g128: two)
+                    row_scale = 2**-shift for int4 with bf16 scales, which are stored times 2**shift
     128 x 128 blocks       fp32 [row tiles, 2 * super-blocks, 2 b]
     per row or matrix      row_scale alone; zero int32 [row tiles, 1, 4 w, 8 g, 1], pair 0
 
 A matrix ends with its last row and column; tiles, chunks and super-blocks are filled up with codes
 that decode to zero under scales that are finite. The least and the largest numbers are refused
-where they could not be exact, and NaN codes, which the bit moves would take for numbers.
+where they could not be exact, and NaN codes, which the bit moves would take for numbers. Codes
+under a scale of zero are stored as zeros, and come back so: sums that are kept in units of the
+scale at hand (`hopper_prefill`) have no unit for them.
 """
 
 from __future__ import annotations
@@ -72,13 +75,14 @@ from moelten.errors import FormatError
 from moelten.formats import NVFP4, Format
 from moelten.kernels.hopper_bits import Bits, Code, PairCode
 from moelten.kernels.hopper_codes import Storage, storage
-from moelten.qtensor import QTensor, decode_scale
+from moelten.qtensor import QTensor, decode_codes, decode_scale, expand_blocks
 
 ROWS, WARPS, LANES_G, LANES_T = 64, 4, 8, 4
 CHUNK, BLOCK, SUPER_BLOCK = 64, 32, 256
 K_ORDER = {"c": 32, "t": 8, "s": 4, "j": 2, "h": 1}
 """Columns within a chunk that each index of a lane's registers steps over, outermost first."""
 
+_SPAN = 2.0**-60  # between the scales of a row
 _SLAB_BYTES = 4 << 20  # of a matrix at a time: little enough for caches, and few launches
 
 
@@ -90,7 +94,7 @@ class HopperLayout:
     """
 
     operand: str = "bf16"
-    version: int = 1
+    version: int = 2
 
     @property
     def name(self) -> str:
@@ -99,6 +103,9 @@ class HopperLayout:
     def pack(self, matrix: QTensor) -> dict[str, Tensor]:
         stored = storage(matrix.format, self.operand)
         _check(matrix, stored)
+        if stored.scale in ("group", "block") and stored.folded is None:
+            _check_spans(matrix)
+            matrix = _silence(matrix)
         parts = {"data": _pack_data(matrix, stored.code)}
         parts |= _pack_scale(matrix, stored)
         if matrix.zero is not None:
@@ -131,6 +138,49 @@ def _check(matrix: QTensor, stored: Storage) -> None:
         raise FormatError(
             f"int4 zero points are -8..7, got {int(matrix.zero.min())}..{int(matrix.zero.max())}"
         )
+
+
+def _check_spans(matrix: QTensor) -> None:
+    """Refuse rows whose scales are further apart than sums in units of a scale can be brought."""
+    assert matrix.scale is not None
+    scale = decode_scale(matrix.scale).abs()
+    most = scale.amax(-1, keepdim=True) * _SPAN
+    if not bool(((scale <= most) & (scale > 0)).any()):
+        return
+    # Scales of nothing but zeros may be as small as they like.
+    live = _live_blocks(matrix)
+    bad = ((scale <= most) & (scale > 0) & live).nonzero()
+    if len(bad):
+        raise FormatError(
+            f"{len(bad)} {matrix.format.name} scales, the first at {bad[0].tolist()}, are not over "
+            "2**-60 of the largest of their rows; the checkpoint is damaged, or use another backend"
+        )
+
+
+def _live_blocks(matrix: QTensor) -> Tensor:
+    """Whether a block has a code that does not decode to zero; bool, the shape of scale."""
+    codes, (rows, columns) = decode_codes(matrix), matrix.format.block
+    if matrix.zero is not None:
+        codes = codes - expand_blocks(matrix.zero, matrix.format.block, matrix.shape)
+    live = _fill(codes != 0, rows or 1, columns or 1)
+    live = torch.unflatten(live, -1, (-1, columns or 1)).any(-1)
+    return torch.unflatten(live, -2, (-1, rows or 1)).any(-2)
+
+
+def _silence(matrix: QTensor) -> QTensor:
+    """The same matrix with codes that decode to zero under every scale of zero."""
+    assert matrix.scale is not None
+    dead = matrix.scale.float() == 0 if matrix.scale.is_floating_point() else None
+    if dead is None or not bool(dead.any()):
+        return matrix
+    rows, columns = matrix.format.block
+    raw = matrix.data.contiguous().view(torch.uint8)
+    block = rows, None if columns is None else columns * matrix.format.bits // 8
+    nothing: Tensor | int = 0
+    if matrix.zero is not None:
+        nothing = expand_blocks((matrix.zero.view(torch.uint8) & 0xF) * 0x11, block, raw.shape)
+    silent = torch.where(expand_blocks(dead, block, raw.shape), nothing, raw).to(torch.uint8)
+    return matrix.with_parts({**matrix.tensors(), "data": silent.view(matrix.data.dtype)})
 
 
 # Rows ---------------------------------------------------------------------------------------------
@@ -278,9 +328,16 @@ def _pack_scale(matrix: QTensor, stored: Storage) -> dict[str, Tensor]:
     numbers = decode_scale(scale) if scale.dtype == torch.uint8 else scale
     if stored.scale == "block":
         return {"scale": _pack_blocks(numbers.float(), rows)}
+    parts = {}
+    if stored.folded is not None:
+        # The largest of a row to 2**14 .. 2**15; a row_scale must not be subnormal.
+        _, exponent = torch.frexp(numbers.abs().amax(-1).float())
+        shift = (15 - exponent).clamp(max=126)
+        numbers = torch.ldexp(numbers.float(), shift[..., None]).to(numbers.dtype)
+        parts["row_scale"] = _pack_rows(torch.exp2(-shift.float()))
     tiles = _tile_rows(numbers, SUPER_BLOCK // stored.group)
     tiles = torch.unflatten(tiles, -1, (-1, SUPER_BLOCK // stored.group))
-    return {"scale": tiles.permute(0, 4, 1, 2, 5, 3).contiguous()}
+    return {"scale": tiles.permute(0, 4, 1, 2, 5, 3).contiguous(), **parts}
 
 
 def _unpack_scale(
@@ -309,7 +366,10 @@ def _unpack_scale(
             "scale": _encode_scale(_unpack_blocks(parts["scale"], fmt, matrix), fmt.scale_dtype)
         }
     tiles = parts["scale"].permute(0, 2, 3, 5, 1, 4).flatten(4)
-    return {"scale": _encode_scale(matrix.untile(tiles, groups), fmt.scale_dtype)}
+    numbers = matrix.untile(tiles, groups)
+    if stored.folded is not None:
+        numbers = numbers * _unpack_rows(parts["row_scale"], matrix)[..., None]
+    return {"scale": _encode_scale(numbers, fmt.scale_dtype)}
 
 
 def _encode_scale(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -329,7 +389,7 @@ def _shift_exponents(matrix: QTensor, stored: Storage) -> tuple[Tensor, Tensor]:
     e = matrix.scale.int()
     if int(e.max()) <= 254 - stored.bias and int(e.min()) >= stored.least:
         return (e + stored.bias).to(torch.uint8), torch.zeros_like(e[..., 0])
-    live = _live_groups(matrix.data, e.shape[-1])
+    live = _live_blocks(matrix)
     least = torch.where(live, e, -1 << 9).amax(-1) + stored.bias - 254
     most = torch.where(live, e, 1 << 9).amin(-1) - stored.least
     if bool((least > most).any()):
@@ -341,13 +401,6 @@ def _shift_exponents(matrix: QTensor, stored: Storage) -> tuple[Tensor, Tensor]:
         )
     shift = least.clamp(min=0).minimum(most)
     return ((e + stored.bias - shift[..., None]) % 255).to(torch.uint8), shift
-
-
-def _live_groups(data: Tensor, groups: int) -> Tensor:
-    """Whether a group of 32 codes has one that is not zero; bool [*batch, rows, groups]."""
-    size, magnitude = (BLOCK // 2, 0x77) if data.dtype == torch.uint8 else (BLOCK, 0x7F)
-    raw = _fill(data.contiguous().view(torch.uint8), 1, size)
-    return (torch.unflatten(raw, -1, (groups, size)) & magnitude).amax(-1) > 0
 
 
 def _pack_words(values: Tensor, axes: tuple[int, int, int], pairs: PairCode) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.kernels.launches import launch
-from moelten.kernels.triton_ops import TilePlan, make_tile_plan
+from moelten.kernels.triton_ops import Rows, TilePlan, make_tile_plan
 
 _SCAN = 1024
 _MAX_PAIRS = 8192
@@ -72,26 +72,28 @@ def plan_kernel(
             position += tl.sum(mine)
 
 
-def gather(x: Tensor, rows_per_source: int, plan: TilePlan, out: Tensor, inverse: Tensor) -> None:
+def gather(x: Rows, rows_per_source: int, plan: TilePlan, out: Rows, inverse: Tensor) -> None:
     """out[i] = row pairs[i] // rows_per_source of x, and inverse[pairs[i]] = i, for positions i.
 
-    x:       [R, K] of 16 bits
+    x:       [R, K] of 16 bits, and a scale of each row or none
     out:     [P, K rounded up to 32], columns in the order of `hopper_layout`'s operands, then zeros
     inverse: int32 [P], undefined for pairs that are not valid
     """
-    words, width = x.shape[1] // 2, out.shape[1] // 2
+    words, width = x.data.shape[1] // 2, out.data.shape[1] // 2
     block = min(triton.next_power_of_2(width), 1024)
     launch(
-        gather_kernel, (triton.cdiv(out.shape[0], _GATHERED), triton.cdiv(width, block)),
-        x.view(torch.int32), plan.pairs, plan.tiles, plan.count, out.view(torch.int32), inverse,
-        out.shape[0], plan.max_tiles, rows_per_source,
+        gather_kernel, (triton.cdiv(len(inverse), _GATHERED), triton.cdiv(width, block)),
+        x.data.view(torch.int32), x.scale, plan.pairs, plan.tiles, plan.count,
+        out.data.view(torch.int32), out.scale, inverse,
+        len(inverse), plan.max_tiles, rows_per_source,
         WORDS=words, WIDTH=width, ROWS=_GATHERED, BLOCK=block,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["size", "max_tiles", "rows_per_source"])
 def gather_kernel(
-    x_ptr, pairs_ptr, tiles_ptr, count_ptr, out_ptr, inverse_ptr, size, max_tiles, rows_per_source,
+    x_ptr, scale_ptr, pairs_ptr, tiles_ptr, count_ptr, out_ptr, out_scale_ptr, inverse_ptr,
+    size, max_tiles, rows_per_source,
     WORDS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -102,6 +104,9 @@ def gather_kernel(
     pair = tl.load(pairs_ptr + position, mask=inside, other=0)
     if tl.program_id(1) == 0:
         tl.store(inverse_ptr + pair, position, mask=inside)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + pair // rows_per_source, mask=inside, other=0.0)
+            tl.store(out_scale_ptr + position, scale, mask=inside)
     source = (pair // rows_per_source).to(tl.int64)[:, None] * WORDS
     # Words of 32 columns: s j t in the order of operands, t s j in memory.
     column = to // 16 * 16 + to % 4 * 4 + to // 4 % 4

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moelten.kernels.hopper_epilogue import finish
+from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_fragments import halves, zero_words
 from moelten.kernels.hopper_ring import TILES, piece_of_work, produce, take_scale, take_stage
 
@@ -109,16 +109,14 @@ def _times(acc, rows):
 
 
 @gluon.jit
-def _rescale(acc, unit, top, scale):
-    """Sums in units of `unit`, fp32 [64], brought to units of a scale: (sums, the new unit, top).
+def _rescale(acc, unit, scale):
+    """Sums in units of `unit`, fp32 [64], brought to units of a scale: (sums, the new unit).
 
-    top: the largest scale so far. A unit is never 0 nor below 2**-60 of that, so that sums stay
-    finite; products under such a scale vanish beside what fp32 can tell apart.
+    Nothing but codes of zero has a scale of 0 or below 2**-60 of another's (`hopper_layout`): there
+    the unit stays, and sums stay finite.
     """
-    top = gl.maximum(top, gl.abs(scale))
-    least = gl.maximum(top * 8.673617379884035e-19, 1.1754943508222875e-38)
-    scale = gl.where(gl.abs(scale) < least, least, scale)
-    return _times(acc, gl.fdiv(unit, scale)), scale, top
+    scale = gl.where(gl.abs(scale) <= gl.abs(unit) * 8.673617379884035e-19, unit, scale)
+    return _times(acc, gl.fdiv(unit, scale)), scale
 
 
 @gluon.jit
@@ -148,13 +146,12 @@ def _sums(
     mbarrier.wait(full.index(slot), turn // P.slots & 1)
     unit0 = 0
     unit1 = 0
-    top0 = 0
-    top1 = 0
     if P.scaled:
         unit0 = take_scale(scales, scale_ptr, matrix0, slot, TILE, start, 0, P)
         unit1 = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, start, 0, P)
-        acc0, unit0, top0 = _rescale(acc0, unit0, unit0, unit0)
-        acc1, unit1, top1 = _rescale(acc1, unit1, unit1, unit1)
+        # Some unit for a first group of zeros, less than any that follows.
+        unit0 = gl.where(unit0 == 0, 1.1754943508222875e-38, unit0)
+        unit1 = gl.where(unit1 == 0, 1.1754943508222875e-38, unit1)
     a0 = take_stage(words, scales, zeros, zero0, slot, TILE, start, P)
     for step in range(steps):
         slot = turn % P.slots
@@ -166,21 +163,21 @@ def _sums(
             acc0 = _multiply(acc0, a0, x, slot, g, PIECES, P)
             if P.scaled:
                 scale = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, chunk, g, P)
-                acc1, unit1, top1 = _rescale(acc1, unit1, top1, scale)
+                acc1, unit1 = _rescale(acc1, unit1, scale)
             if g == 0:
                 a1 = take_stage(words, scales, zeros, zero1, slot, TILE + 1, chunk, P)
             acc0 = _wait(acc0)
             acc1 = _multiply(acc1, a1, x, slot, g, PIECES, P)
             if g < GROUPS - 1:
                 scale = take_scale(scales, scale_ptr, matrix0, slot, TILE, chunk, g + 1, P)
-                acc0, unit0, top0 = _rescale(acc0, unit0, top0, scale)
+                acc0, unit0 = _rescale(acc0, unit0, scale)
             else:
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
                 if P.scaled:
                     after = gl.minimum(chunk + P.stage, P.chunks - 1)
                     scale = take_scale(scales, scale_ptr, matrix0, next_slot, TILE, after, 0, P)
                     # After the last stage a slot holds anything.
-                    acc0, unit0, top0 = _rescale(acc0, unit0, top0, gl.where(more, scale, unit0))
+                    acc0, unit0 = _rescale(acc0, unit0, gl.where(more, scale, unit0))
                 a0 = take_stage(words, scales, zeros, zero0, next_slot, TILE, chunk + P.stage, P)
                 # Complete already: the end of a basic block, lest decoding sink below the wait.
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
@@ -188,9 +185,8 @@ def _sums(
         mbarrier.arrive(empty.index(slot))
         turn += 1
     if P.scaled:
-        # A row whose scales are all 0 is 0, not merely small.
-        acc0 = _times(acc0, gl.where(top0 > 0, unit0, 0.0))
-        acc1 = _times(acc1, gl.where(top1 > 0, unit1, 0.0))
+        acc0 = _times(acc0, unit0)
+        acc1 = _times(acc1, unit1)
     return acc0 + acc1, turn
 
 
@@ -230,8 +226,9 @@ def _store_parts(y, out_ptr, first, stop, n0, P: gl.constexpr):
 
 @gluon.jit
 def _work(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr, bias_ptr,
-    table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile, steps, alpha, beta, limit,
+    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr,
+    bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile, steps,
+    alpha, beta, limit,
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work."""
@@ -248,12 +245,14 @@ def _work(
     COUNT: gl.constexpr = len(PIECES)
     for i in gl.static_range(2 * COUNT):
         tile = row_tile + i // COUNT
+        at = first + _start(PIECES, i % COUNT)
         sums = acc[i].reshape([4, 2, 8, _size(PIECES, i % COUNT)])
+        if x_scale_ptr is not None:
+            sums = scale_tokens(sums, x_scale_ptr, at, stop)
         y = finish(
             sums, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, tile, 0,
             alpha, beta, limit, P.rows, P.row_tiles, W, P.halves, ACTIVATION, P.limited,
         )  # fmt: skip
-        at = first + _start(PIECES, i % COUNT)
         _store_parts(y, out_ptr, at, stop, tile * (64 // P.halves), P)
     return turn
 
@@ -261,7 +260,8 @@ def _work(
 @gluon.jit
 def _consume(
     words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
-    zero_ptr, row_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
+    zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
+    alpha, beta, limit,
     group: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     turn = 0
@@ -274,8 +274,8 @@ def _consume(
             if quarters == n:
                 turn = _work(
                     words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr,
-                    bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile,
-                    steps, alpha, beta, limit, group, _pieces(P.block, n), P,
+                    x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop,
+                    row_tile, steps, alpha, beta, limit, group, _pieces(P.block, n), P,
                 )  # fmt: skip
 
 
@@ -292,8 +292,8 @@ def _room(desc, COUNT: gl.constexpr):
 
 @gluon.jit(do_not_specialize=("max_tiles", "steps", "alpha", "beta", "limit"))
 def prefill_kernel(
-    w_desc, s_desc, z_desc, x_desc, scale_ptr, zero_ptr, row_scale_ptr, tiles_ptr, count_ptr,
-    max_tiles, steps, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
+    w_desc, s_desc, z_desc, x_desc, scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, tiles_ptr,
+    count_ptr, max_tiles, steps, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     P: gl.constexpr,
 ):  # fmt: skip
     """All of one grouped GEMM; steps: stages that the columns make.
@@ -315,13 +315,13 @@ def prefill_kernel(
         [
             (_consume, (
                 words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
-                scale_ptr, zero_ptr, row_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
-                alpha, beta, limit, 0, P,
+                scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr,
+                out_ptr, alpha, beta, limit, 0, P,
             )),
             (_consume, (
                 words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
-                scale_ptr, zero_ptr, row_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
-                alpha, beta, limit, 1, P,
+                scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr,
+                out_ptr, alpha, beta, limit, 1, P,
             )),
             (produce, (
                 w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr,

@@ -88,7 +88,7 @@ class Problem:
     @property
     def words(self) -> int:
         """Choices of a chunk among a lane's words of scales of a super-block."""
-        return 4 if self.weights.pairs is not None else min(256 // self.weights.group, 4)
+        return 4 if self.weights.by_chunk else min(256 // self.weights.group, 4)
 
 
 # Filling ------------------------------------------------------------------------------------------
@@ -224,16 +224,22 @@ def _take(buffer, chunk, WORDS: gl.constexpr, SPREAD: gl.constexpr):
 
 @gluon.jit
 def _for_quads(words, SPREAD: gl.constexpr):
-    """[4 w, 8 g (times 2), 1] as [4 w, 8 g, 4 t]."""
+    """[4 w, 8 g (times 2), 1] as [4 w, 8 g, 4 t], or two of them as [4 w, 8 g, 4 t, 2]."""
     QUAD: gl.constexpr = _quad_layout()
-    if SPREAD:
-        HALVES: gl.constexpr = gl.SliceLayout(3, QUAD)
-        words = gl.convert_layout(words.reshape([4, 8, 2]), HALVES, assert_trivial=True)
+    if words.shape[2] == 2:
+        low, high = gl.split(words)
+        low, high = low.expand_dims(2), high.expand_dims(2)
+        return gl.join(_for_quads(low, SPREAD), _for_quads(high, SPREAD))
     else:
-        WHOLE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, QUAD))
-        words = gl.convert_layout(words.reshape([4, 8]), WHOLE, assert_trivial=True).expand_dims(2)
-    words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([4, 8, 2, 2], gl.uint32, QUAD))
-    return gl.convert_layout(words.reshape([4, 8, 4]), pair_layout(4), assert_trivial=True)
+        if SPREAD:
+            HALVES: gl.constexpr = gl.SliceLayout(3, QUAD)
+            words = gl.convert_layout(words.reshape([4, 8, 2]), HALVES, assert_trivial=True)
+        else:
+            WHOLE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, QUAD))
+            words = gl.convert_layout(words.reshape([4, 8]), WHOLE, assert_trivial=True)
+            words = words.expand_dims(2)
+        words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([4, 8, 2, 2], gl.uint32, QUAD))
+        return gl.convert_layout(words.reshape([4, 8, 4]), pair_layout(4), assert_trivial=True)
 
 
 @gluon.jit
@@ -252,7 +258,7 @@ def take_weights(
     w = gl.convert_layout(w, load_layout(4, LOADS), assert_trivial=True)
     s = 0
     if W.scale == "fold":
-        s = _for_quads(_take(scales.index(slot * TILES + tile), chunk, 4, P.spread), P.spread)
+        s = _for_quads(_take(scales.index(slot * TILES + tile), chunk, P.words, P.spread), P.spread)
     if W.zeros is not None and W.group != 0:
         WORDS: gl.constexpr = 2 if W.group == 32 else 1
         zero = _for_quads(_take(zeros.index(slot * TILES + tile), chunk, WORDS, False), False)

@@ -78,7 +78,9 @@ def choose_wide(
         enough = 12
     else:
         enough = 40 if stored.scale == "group" and stored.group == 32 else 20
-    return wide_variant(stored, scale_type) if pairs > enough * num_experts else None
+    if pairs <= enough * num_experts:
+        return None
+    return wide_variant(stored.folded or stored, scale_type)
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
@@ -107,9 +109,9 @@ def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
     """
     wide = 2 if scale_type == "float32" else 1
     scale = zero = 0
-    if stored.pairs is not None:
+    if stored.by_chunk:
         scale = 8 if stored.group == 16 else 4
-    elif stored.scale == "group":
+    elif stored.scale in ("fold", "group"):
         scale = 256 // stored.group * wide
     if stored.zeros is not None and stored.group:
         zero = 2 if stored.group == 32 else 1
