@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import subprocess
 
 import pytest
 
@@ -17,10 +16,15 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
+from hopper_offline import (
+    OPERANDS,
+    compile_kernel,
+    listing_of,
+    loops,
+    operations,
+    scale_name,
+    shared_types,
+)
 from triton_offline import stack_bytes
 
 from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
@@ -44,30 +48,21 @@ CASES: dict[str, tuple[Format, str, float]] = {
     "mxfp4 in fp16": (MXFP4(), "fp16", 3.0),
     "int4g32z in fp16": (Int4(32, zero_point=True, scale="float16"), "fp16", 2.7),
 }
-NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/nvdisasm")
-OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)")
 
 
 def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, router weights) as `grouped_gemm` calls it."""
     stored = storage(fmt, operand)
     variant = make_variant(stored, block, 256, 64, 64, columns, may_split=False)
-    scaled = stored.scale in ("fold", "group", "block")
-    scale = "" if not scaled else str(fmt.scale_dtype).removeprefix("torch.")
-    types: dict[str, str | None] = {
+    scale = scale_name(fmt, stored)
+    types = shared_types(stored, operand, halves) | {
         "x_ptr": "*u32",
         "w_ptr": "*u32",
-        "scale_ptr": "*u32" if scaled else None,
+        "scale_ptr": "*u32" if scale else None,
         "zero_ptr": "*u32" if stored.zeros else None,
-        "row_scale_ptr": "*fp32" if stored.scale in ("row", "fold") else None,
-        "bias_ptr": "*fp32" if halves == 1 else None,
-        "table_ptr": None,
-        "post_ptr": None,
         "router_ptr": "*fp32" if halves == 1 else None,
-        "out_ptr": "*fp32" if halves == 1 else f"*{operand}",
-        **dict.fromkeys(("pairs_ptr", "tiles_ptr", "count_ptr"), "*i32"),
-        **dict.fromkeys(("max_tiles", "rows_per_source", "splits", "per_split"), "i32"),
-        **dict.fromkeys(("alpha", "beta", "limit"), "fp32"),
+        "pairs_ptr": "*i32",
+        **dict.fromkeys(("rows_per_source", "splits", "per_split"), "i32"),
         "split_stride": "i64",
     }
     values: dict[str, object] = {
@@ -75,52 +70,27 @@ def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int):
         "N": 2048,
         "HALVES": halves,
         "W": stored,
-        "SCALE": "int32" if stored.pairs else scale,
-        "OPERAND": {"bf16": gl.bfloat16, "fp16": gl.float16}[operand],
+        "SCALE": scale,
+        "OPERAND": OPERANDS[operand],
         "ACTIVATION": "swiglu" if halves == 2 else "none",
         "LIMITED": False,
         "BLOCK": block,
         "WARPS": variant.warps,
         "FIRST": halves == 2,
     }
-    values |= {name: None for name, kind in types.items() if kind is None}
-    names = decode_kernel.arg_names
-    signature = {name: types.get(name) or "constexpr" for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
-    }
-    constants = {(names.index(name),): value for name, value in values.items()}
-    source = GluonASTSource(decode_kernel, signature, constants, aligned)
     options = {"num_warps": variant.warps, "maxnreg": variant.registers}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def loops(cubin: bytes, folder) -> list[list[str]]:
-    """Operations of every loop that multiplies matrices."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    listing = subprocess.run(
-        [NVDISASM, "-c", str(path)], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    labels = {line[: line.index(":")]: i for i, line in enumerate(listing) if line[:3] == ".L_"}
-    found = []
-    for i, line in enumerate(listing):
-        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-        if jump and labels[jump[1]] < i:
-            body = [m[1] for m in map(OPERATION.match, listing[labels[jump[1]] : i + 1]) if m]
-            if "HMMA" in body:
-                found.append(body)
-    return found
+    return compile_kernel(decode_kernel, types, values, **options)
 
 
 @pytest.mark.parametrize("block", [8, 16])
 @pytest.mark.parametrize("name", CASES)
-def test_machine_code(name, block, tmp_path):
+def test_machine_code(name, block):
     fmt, operand, budget = CASES[name]
     for halves, columns in ((2, 4096), (1, 2944)):
         kernel = compiled(fmt, operand, block, halves, columns)
         assert stack_bytes(kernel.asm["cubin"]) == 0
-        bodies = loops(kernel.asm["cubin"], tmp_path)
+        listing = listing_of(kernel.asm["cubin"])
+        bodies = [operations(listing[loop]) for loop in loops(listing, "HMMA")]
         assert len(bodies) == block // 8
         for body in bodies:
             groups = 16 if body.count("HMMA") < 32 else 32

@@ -7,13 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import ACTIVATIONS, ALL_SCHEMES, Case, make_input, make_weights
+from cases import ACTIVATIONS, Case, make_input, make_weights
+from gpu_layers import check_graph, check_streams, make_call, make_layer
+from hopper_layers import (
+    SCHEMES,
+    SHAPES,
+    backend,
+    check,
+    check_production_shape,
+    check_router_weights,
+    check_scheme,
+    on_gpu,
+    spoil,
+)
 from metrics import assert_matches
-from test_triton_gpu import make_call, make_layer
 
 import moelten
-from moelten import GPT_OSS, SwiGLU, reference
-from moelten.formats import BF16, FP16, MXFP4, Float, Int4, Scheme, scheme
+from moelten import SwiGLU, reference
+from moelten.formats import BF16, FP16, MXFP4, Float, Scheme, scheme
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_schedule import block_of, choose_wide, make_variant
 from moelten.routing import Routing
@@ -21,47 +32,11 @@ from moelten.weights import ExpertWeights
 
 pytestmark = pytest.mark.gpu
 TOKENS = (1, 2, 3, 7, 8, 9, 16, 17, 33, 64, 100, 257, 512)
-SCHEMES = {
-    name: s
-    for name, s in ALL_SCHEMES.items()
-    if isinstance(s.activations, Float) and s.activations.name in ("bf16", "fp16")
-}
-
-
-def backend(which: Scheme) -> str:
-    return "hopper" if which.activations == BF16 else "hopper-fp16"
-
-
-def to_gpu(routing: Routing) -> Routing:
-    return Routing(routing.ids.cuda(), routing.weights.cuda(), routing.on_input)
-
-
-def on_gpu(weights: ExpertWeights) -> ExpertWeights:
-    """The same weights on the GPU, where the reference is fast."""
-    parts = {name: getattr(weights, name).map(torch.Tensor.cuda) for name in ("w13", "w2")} | {
-        name: part.cuda() for name, part in weights.extras().items()
-    }
-    return replace(weights, **parts)
-
-
-def check(weights: ExpertWeights, x: torch.Tensor, routing: Routing, packed=None) -> torch.Tensor:
-    weights, x, routing = on_gpu(weights), x.cuda(), to_gpu(routing)
-    if packed is None:
-        packed = moelten.pack(weights, backend=backend(weights.spec.scheme))
-    out = moelten.fused_moe(x, packed, routing)
-    assert_matches(out, reference.moe(x, weights, routing))
-    return out.cpu()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme(name):
-    case = Case(SCHEMES[name], num_experts=7, hidden_size=320, intermediate_size=192)
-    if case.scheme.weights.block[1] == 128:
-        case = replace(case, hidden_size=384, intermediate_size=256)
-    weights = make_weights(case)
-    packed = moelten.pack(on_gpu(weights), backend=backend(weights.spec.scheme))
-    for tokens in TOKENS:
-        check(weights, *make_input(replace(case, tokens=tokens, seed=tokens)), packed)
+    check_scheme(SCHEMES[name], TOKENS)
 
 
 @pytest.mark.parametrize("fp16", [False, True])
@@ -114,19 +89,14 @@ def test_bad_ids_duplicates_and_one_expert():
     weights = make_weights(case)
     packed = moelten.pack(on_gpu(weights), backend=backend(weights.spec.scheme))
     x, routing = make_input(case)
-    bad = routing.ids.clone()
-    bad[::3, 0], bad[1::3, 1], bad[5] = -1, 5, 1 << 20
+    bad = spoil(routing.ids)
     same = torch.full_like(bad, 2)
     for ids in (bad, same, bad.long(), torch.full_like(bad, -1)):
-        out = check(weights, x, replace_ids(routing, ids), packed)
+        out = check(weights, x, replace(routing, ids=ids), packed)
         assert not out[(ids < 0).all(1)].any()
     ranged = packed.expert_range(1, 4)
     part = ExpertWeights(weights.w13[1:4], weights.w2[1:4], weights.activation, first_expert=1)
-    check(part, x, replace_ids(routing, bad), ranged)
-
-
-def replace_ids(routing: Routing, ids: torch.Tensor) -> Routing:
-    return Routing(ids, routing.weights, routing.on_input)
+    check(part, x, replace(routing, ids=bad), ranged)
 
 
 def test_every_exponent():
@@ -145,57 +115,17 @@ def test_every_exponent():
 
 
 def test_router_weight_on_the_input_and_pre_scales():
-    case = Case(scheme("int4g64_bf16"))
-    weights = make_weights(case)
-    x, routing = make_input(case)
-    check(weights, x, Routing(routing.ids, routing.weights, on_input=True))
-    scaled = replace(
-        weights,
-        w13_pre_scale=torch.rand(case.num_experts, case.hidden_size) + 0.5,
-        w2_pre_scale=torch.rand(case.num_experts, case.intermediate_size) + 0.5,
-    )
-    check(scaled, x, routing)
-
-
-SHAPES = {
-    "gpt-oss-120b": (scheme("mxfp4_bf16"), 32, 2880, 2880, 4, GPT_OSS, True),
-    "deepseek-v3": (
-        Scheme(scheme("fp8block_fp8").weights, BF16),
-        24,
-        7168,
-        2048,
-        8,
-        SwiGLU(),
-        False,
-    ),
-    "kimi-k2": (scheme("int4g32_bf16"), 24, 7168, 2048, 8, SwiGLU(), False),
-    "mixtral": (Scheme(Int4(128), BF16), 4, 4096, 14336, 2, SwiGLU(), False),
-}
+    check_router_weights(Case(scheme("int4g64_bf16")))
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_production_shapes(name):
-    which, experts, hidden, inter, top_k, activation, biases = SHAPES[name]
-    weights = make_layer(which, experts, hidden, inter, activation, biases)
-    packed = moelten.pack(weights, backend="hopper")
-    for tokens in (1, 3, 17, 64, 257):
-        x, routing = make_call(tokens, experts, hidden, top_k)
-        out = moelten.fused_moe(x, packed, routing)
-        assert_matches(out.cpu(), reference.moe(x, weights, routing).cpu())
+    check_production_shape(name, (1, 3, 17, 64, 257))
 
 
 def test_graph_from_the_first_call():
-    """Captured without a warm-up call; replays follow new inputs."""
     weights = make_layer(scheme("mxfp4_bf16"), 6, 512, 352, SwiGLU(), False)
-    packed = moelten.pack(weights, backend="hopper")
-    (x, routing), (other, fresh) = (make_call(9, 6, 512, 2, seed) for seed in (3, 4))
-    out, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        moelten.fused_moe(x, packed, routing, out=out)
-    for new_x, new in ((x.clone(), routing), (other, fresh)):
-        x.copy_(new_x), routing.ids.copy_(new.ids), routing.weights.copy_(new.weights)
-        graph.replay()
-        assert_matches(out.cpu(), reference.moe(new_x, weights, new).cpu())
+    check_graph(weights, moelten.pack(weights, backend="hopper"), 9)
 
 
 @pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g128_fp16"])
@@ -217,20 +147,11 @@ def test_a_workspace_serves_all(name):
 
 
 def test_same_bits_on_two_streams():
-    """Calls share no state: many calls on two streams give the bits that one gives."""
     weights = make_layer(scheme("int4g32_bf16"), 8, 512, 512, SwiGLU(), False)
     packed = moelten.pack(weights, backend="hopper")
     calls = [make_call(tokens, 8, 512, 2, tokens) for tokens in (5, 90)]
     wanted = [moelten.fused_moe(x, packed, routing) for x, routing in calls]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    for _ in range(1000):
-        found = []
-        for stream, (x, routing) in zip(streams, calls, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(moelten.fused_moe(x, packed, routing))
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    check_streams(packed, calls, wanted, 1000)
 
 
 EVERY = {

@@ -7,9 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import ACTIVATIONS, Case, make_input, make_weights
+from gpu_layers import check_graph, check_streams, make_call, make_layer
+from hopper_layers import (
+    SCHEMES,
+    SHAPES,
+    check,
+    check_production_shape,
+    check_router_weights,
+    check_scheme,
+    on_gpu,
+    spoil,
+)
 from metrics import assert_matches
-from test_hopper_gpu import SCHEMES, SHAPES, check, on_gpu, replace_ids
-from test_triton_gpu import make_call, make_layer
 
 import moelten
 from moelten import SwiGLU, reference
@@ -39,14 +48,7 @@ def always_wide(monkeypatch):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme(always_wide, name):
-    case = Case(SCHEMES[name], num_experts=7, hidden_size=320, intermediate_size=192)
-    if case.scheme.weights.block[1] == 128:
-        case = replace(case, hidden_size=384, intermediate_size=256)
-    weights = make_weights(case)
-    backend = "hopper" if case.scheme.activations == BF16 else "hopper-fp16"
-    packed = moelten.pack(on_gpu(weights), backend=backend)
-    for tokens in TOKENS:
-        check(weights, *make_input(replace(case, tokens=tokens, seed=tokens)), packed)
+    check_scheme(SCHEMES[name], TOKENS)
 
 
 @pytest.mark.parametrize("hidden, inter", [(2880, 80), (1856, 192), (72, 232), (704, 1856)])
@@ -72,24 +74,15 @@ def test_bad_ids_duplicates_and_one_expert(always_wide):
     weights = make_weights(case)
     packed = moelten.pack(on_gpu(weights), backend="hopper")
     x, routing = make_input(case)
-    bad = routing.ids.clone()
-    bad[::3, 0], bad[1::3, 1], bad[5] = -1, 5, 1 << 20
+    bad = spoil(routing.ids)
     for ids in (bad, torch.full_like(bad, 2), torch.full_like(bad, -1)):
-        out = check(weights, x, replace_ids(routing, ids), packed)
+        out = check(weights, x, replace(routing, ids=ids), packed)
         assert not out[(ids < 0).all(1)].any()
 
 
 def test_router_weight_on_the_input_and_pre_scales(always_wide):
     case = Case(scheme("int4g64_bf16"), tokens=150)
-    weights = make_weights(case)
-    x, routing = make_input(case)
-    check(weights, x, Routing(routing.ids, routing.weights, on_input=True))
-    scaled = replace(
-        weights,
-        w13_pre_scale=torch.rand(case.num_experts, case.hidden_size) + 0.5,
-        w2_pre_scale=torch.rand(case.num_experts, case.intermediate_size) + 0.5,
-    )
-    check(scaled, x, routing)
+    check_router_weights(case)
 
 
 @pytest.mark.parametrize("fmt", [Int4(32), Int4(128), Int4(64, zero_point=True), FP8((128, 128))])
@@ -118,41 +111,18 @@ def test_scales_that_differ_or_vanish(always_wide, fmt):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_production_shapes(name):
-    which, experts, hidden, inter, top_k, activation, biases = SHAPES[name]
-    weights = make_layer(which, experts, hidden, inter, activation, biases)
-    packed = moelten.pack(weights, backend="hopper")
-    for tokens in (300, 1024):
-        x, routing = make_call(tokens, experts, hidden, top_k)
-        out = moelten.fused_moe(x, packed, routing)
-        assert_matches(out, reference.moe(x, weights, routing))
+    check_production_shape(name, (300, 1024))
 
 
 def test_graph_streams_and_chunks():
     """Captured at the first call; two streams at once; a workspace for half of the tokens."""
     weights = make_layer(scheme("mxfp4_bf16"), 6, 512, 352, SwiGLU(), False)
     packed = moelten.pack(weights, backend="hopper")
-    (x, routing), (other, fresh) = (make_call(500, 6, 512, 2, seed) for seed in (3, 4))
-    out, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        moelten.fused_moe(x, packed, routing, out=out)
-    wanted = []
-    for new_x, new in ((x.clone(), routing), (other, fresh)):
-        x.copy_(new_x), routing.ids.copy_(new.ids), routing.weights.copy_(new.weights)
-        graph.replay()
-        assert_matches(out, reference.moe(new_x, weights, new))
-        wanted.append(out.clone())
+    x, routing, wanted = check_graph(weights, packed, 500)
     half = moelten.workspace_bytes(packed, 250, 2)
     workspace = torch.full((half,), 0x7F, dtype=torch.uint8, device="cuda")
-    assert torch.equal(moelten.fused_moe(x, packed, routing, workspace=workspace), wanted[1])
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
-    for _ in range(200):
-        found = []
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                found.append(moelten.fused_moe(x, packed, routing))
-        torch.cuda.synchronize()
-        assert all(torch.equal(each, wanted[1]) for each in found)
+    assert torch.equal(moelten.fused_moe(x, packed, routing, workspace=workspace), wanted)
+    check_streams(packed, [(x, routing)] * 2, [wanted] * 2, 200)
 
 
 def test_very_many_tokens():

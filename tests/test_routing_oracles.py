@@ -23,13 +23,6 @@ INF, NAN = math.inf, math.nan
 BIASED = ("minimax2", "deepseek_v3", "sqrt_softplus_topk")
 
 
-def call(name: str, logits: Tensor, top_k: int = 4, **kwargs: Any) -> Routing:
-    """Any method by name, with the arguments that it cannot do without."""
-    if name == "minimax2":
-        kwargs.setdefault("bias", torch.zeros(logits.shape[1]))
-    return METHODS[name](logits, 1 if name == "llama4" else top_k, **kwargs)
-
-
 # --- independent oracle ---------------------------------------------------------------------------
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_layers import check_graph, check_streams, make_call, make_layer
 from metrics import assert_matches
 
 import moelten
 from moelten import GPT_OSS, SwiGLU, reference
-from moelten.formats import Scheme, scheme
-from moelten.qtensor import QTensor, quantize
+from moelten.formats import scheme
 from moelten.routing import Routing
-from moelten.weights import ExpertWeights
 
 pytestmark = pytest.mark.gpu
 SHAPES = {
@@ -24,35 +23,6 @@ SHAPES = {
     "kimi-k2": (scheme("int4g32_bf16"), 32, 7168, 2048, 8, SwiGLU(), False),
 }
 TOKENS = (1, 3, 17, 64, 257, 1024)
-
-
-def make_layer(which: Scheme, experts, hidden, inter, activation, biases, seed=0) -> ExpertWeights:
-    """Random weights made and quantized on the GPU, one expert at a time."""
-    g = torch.Generator("cuda").manual_seed(seed)
-
-    def matrix(halves: int, rows: int, columns: int) -> QTensor:
-        parts = []
-        for expert in range(experts):
-            scale = (0.7 + 0.6 * expert / experts) / columns**0.5
-            w = torch.randn(halves, rows, columns, generator=g, device="cuda") * scale
-            parts.append(quantize(w if halves == 2 else w[0], which.weights))
-        stacked = {n: torch.stack([p.tensors()[n] for p in parts]) for n in parts[0].tensors()}
-        return QTensor(format=which.weights, **stacked)
-
-    bias = {}
-    if biases:
-        bias["w13_bias"] = torch.randn(experts, 2, inter, generator=g, device="cuda") * 0.3
-        bias["w2_bias"] = torch.randn(experts, hidden, generator=g, device="cuda") * 0.3
-    w13, w2 = matrix(2, inter, hidden), matrix(1, hidden, inter)
-    return ExpertWeights(w13, w2, activation, which.activations, **bias)
-
-
-def make_call(tokens, experts, hidden, top_k, seed=1) -> tuple[torch.Tensor, Routing]:
-    g = torch.Generator("cuda").manual_seed(seed)
-    x = torch.randn(tokens, hidden, generator=g, device="cuda").bfloat16()
-    scores = torch.rand(tokens, experts, generator=g, device="cuda")
-    weights, ids = scores.topk(top_k)
-    return x, Routing(ids, weights.softmax(-1))
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -72,35 +42,16 @@ def test_production_shapes(layer, tokens):
 
 
 def test_graph_from_the_first_call():
-    """Captured without a warm-up call; replays follow new inputs."""
-    which = scheme("int4g64_fp8")
-    weights = make_layer(which, 6, 512, 320, SwiGLU(), False)
-    packed = moelten.pack(weights, backend="triton")
-    (x, routing), (other, fresh) = (make_call(9, 6, 512, 2, seed) for seed in (3, 4))
-    out, graph = torch.empty_like(x), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        moelten.fused_moe(x, packed, routing, out=out)
-    for new_x, new in ((x.clone(), routing), (other, fresh)):
-        x.copy_(new_x), routing.ids.copy_(new.ids), routing.weights.copy_(new.weights)
-        graph.replay()
-        assert_matches(out.cpu(), reference.moe(new_x, weights, new).cpu())
+    weights = make_layer(scheme("int4g64_fp8"), 6, 512, 320, SwiGLU(), False)
+    check_graph(weights, moelten.pack(weights, backend="triton"), 9)
 
 
 def test_two_streams():
-    """Calls share no state: two streams at once give the bits that one gives."""
     weights = make_layer(scheme("mxfp4_bf16"), 8, 512, 512, SwiGLU(), False)
     packed = moelten.pack(weights, backend="triton")
     calls = [make_call(tokens, 8, 512, 2, tokens) for tokens in (5, 90)]
     wanted = [moelten.fused_moe(x, packed, routing) for x, routing in calls]
-    torch.cuda.synchronize()
-    streams = [torch.cuda.Stream() for _ in calls]
-    for _ in range(200):
-        found = []
-        for stream, (x, routing) in zip(streams, calls, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(moelten.fused_moe(x, packed, routing))
-        torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    check_streams(packed, calls, wanted, 200)
 
 
 def test_offsets_past_2_to_31():
