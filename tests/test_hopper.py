@@ -94,7 +94,7 @@ class Launches(list):
 
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize(
-    "name, tokens, count",
+    "which, tokens, count",
     [
         ("mxfp4_bf16", 9, 4),
         ("mxfp4_bf16", 150, 5),
@@ -104,7 +104,7 @@ class Launches(list):
         ("int4g32_bf16", 9000, 8),
     ],
 )
-def test_launches_inside_the_workspace(monkeypatch, name, tokens, count, on_input):
+def test_launches_inside_the_workspace(monkeypatch, which, tokens, count, on_input):
     """Four launches for few tokens, five or (with a plan in two) six for many, and two more where
     their rows become fp16; one more where rows differ by pair, unless they become fp16 then. And
     memory that is the workspace's own."""
@@ -125,7 +125,7 @@ def test_launches_inside_the_workspace(monkeypatch, name, tokens, count, on_inpu
         "get_device_properties",
         lambda device: SimpleNamespace(multi_processor_count=132),
     )
-    case = Case(scheme(name), hidden_size=192, intermediate_size=96, tokens=tokens)
+    case = Case(scheme(which), hidden_size=192, intermediate_size=96, tokens=tokens)
     weights, (x, routing) = make_weights(case), make_input(case)
     routing = replace(routing, on_input=on_input)
     backend = HopperBackend()

@@ -29,8 +29,9 @@ from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_fragments import halves, zero_words
 from moelten.kernels.hopper_ring import TILES, piece_of_work, produce, take_scale, take_stage
 
-# Registers of a thread of the second warpgroup, and of the producer.
-_REGISTERS = gl.constexpr([232, 40])
+# Registers of a thread of each warpgroup but the first, and of the producer.
+_REGISTERS_OF_TWO = gl.constexpr([232, 40])
+_REGISTERS_OF_FOUR = gl.constexpr([112, 112, 112, 24])
 
 
 @gluon.constexpr_function
@@ -120,7 +121,7 @@ def _rescale(acc, unit, scale):
 
 
 @gluon.jit
-def _sums(
+def _sums_of_two(
     words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
@@ -128,30 +129,17 @@ def _sums(
 
     While a row tile multiplies, the other is decoded, and its sums are brought to its next scales.
     """
-    W: gl.constexpr = P.weights
     TILE: gl.constexpr = 2 * group
     GROUPS: gl.constexpr = P.groups
-    matrix0 = expert * P.row_tiles + gl.minimum(row_tile, P.row_tiles - 1)
-    matrix1 = expert * P.row_tiles + gl.minimum(row_tile + 1, P.row_tiles - 1)
-    zero0 = 0
-    zero1 = 0
-    if zero_ptr is not None:
-        warp, lane = zero_words(W, 4)
-        zero0 = gl.load(zero_ptr + matrix0 * 32 + (warp * 8 + lane))
-        zero1 = gl.load(zero_ptr + matrix1 * 32 + (warp * 8 + lane))
+    matrix0, zero0 = _row_tile(zero_ptr, expert, row_tile, P)
+    matrix1, zero1 = _row_tile(zero_ptr, expert, row_tile + 1, P)
     acc0 = _zeros(PIECES)
     acc1 = acc0
     slot = turn % P.slots
     start = turn * 0
     mbarrier.wait(full.index(slot), turn // P.slots & 1)
-    unit0 = 0
-    unit1 = 0
-    if P.scaled:
-        unit0 = take_scale(scales, scale_ptr, matrix0, slot, TILE, start, 0, P)
-        unit1 = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, start, 0, P)
-        # Some unit for a first group of zeros, less than any that follows.
-        unit0 = gl.where(unit0 == 0, 1.1754943508222875e-38, unit0)
-        unit1 = gl.where(unit1 == 0, 1.1754943508222875e-38, unit1)
+    unit0 = _first_unit(scales, scale_ptr, matrix0, slot, TILE, start, P)
+    unit1 = _first_unit(scales, scale_ptr, matrix1, slot, TILE + 1, start, P)
     a0 = take_stage(words, scales, zeros, zero0, slot, TILE, start, P)
     for step in range(steps):
         slot = turn % P.slots
@@ -184,10 +172,73 @@ def _sums(
             acc1 = _wait(acc1)
         mbarrier.arrive(empty.index(slot))
         turn += 1
+    return _final(acc0, unit0, P) + _final(acc1, unit1, P), turn
+
+
+@gluon.jit
+def _sums_of_one(
+    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """Sums [64, tokens] of a warpgroup's row tile: its next stage is decoded in the meantime."""
+    GROUPS: gl.constexpr = P.groups
+    matrix, zero = _row_tile(zero_ptr, expert, row_tile, P)
+    acc = _zeros(PIECES)
+    slot = turn % P.slots
+    start = turn * 0
+    mbarrier.wait(full.index(slot), turn // P.slots & 1)
+    unit = _first_unit(scales, scale_ptr, matrix, slot, group, start, P)
+    a = take_stage(words, scales, zeros, zero, slot, group, start, P)
+    for step in range(steps):
+        slot = turn % P.slots
+        chunk = step * P.stage
+        next_slot = (turn + 1) % P.slots
+        next_phase = (turn + 1) // P.slots & 1
+        more = step + 1 < steps
+        for g in gl.static_range(GROUPS):
+            if P.scaled:
+                scale = take_scale(scales, scale_ptr, matrix, slot, group, chunk, g, P)
+                acc, unit = _rescale(acc, unit, scale)
+            acc = _multiply(acc, a, x, slot, g, PIECES, P)
+            if g == GROUPS - 1:
+                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
+                a = take_stage(words, scales, zeros, zero, next_slot, group, chunk + P.stage, P)
+                # As above.
+                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
+            acc = _wait(acc)
+        mbarrier.arrive(empty.index(slot))
+        turn += 1
+    return _final(acc, unit, P), turn
+
+
+@gluon.jit
+def _row_tile(zero_ptr, expert, row_tile, P: gl.constexpr):
+    """Which of all row tiles it is, the last again past it; and a whole row's zero points."""
+    matrix = expert * P.row_tiles + gl.minimum(row_tile, P.row_tiles - 1)
+    zero = 0
+    if zero_ptr is not None:
+        W: gl.constexpr = P.weights
+        warp, lane = zero_words(W, 4)
+        zero = gl.load(zero_ptr + matrix * 32 + (warp * 8 + lane))
+    return matrix, zero
+
+
+@gluon.jit
+def _first_unit(scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+    """The first scales; a first group of zeros has some unit, less than any that follows."""
     if P.scaled:
-        acc0 = _times(acc0, unit0)
-        acc1 = _times(acc1, unit1)
-    return acc0 + acc1, turn
+        unit = take_scale(scales, scale_ptr, matrix, slot, tile, chunk, 0, P)
+        return gl.where(unit == 0, 1.1754943508222875e-38, unit)
+    else:
+        return 0
+
+
+@gluon.jit
+def _final(acc, unit, P: gl.constexpr):
+    if P.scaled:
+        return _times(acc, unit)
+    else:
+        return acc
 
 
 @gluon.jit
@@ -232,10 +283,16 @@ def _work(
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work."""
-    acc, turn = _sums(
-        words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
-        group, PIECES, P,
-    )  # fmt: skip
+    if P.tiles == 2:
+        acc, turn = _sums_of_two(
+            words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+            steps, group, PIECES, P,
+        )  # fmt: skip
+    else:
+        acc, turn = _sums_of_one(
+            words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+            steps, group, PIECES, P,
+        )  # fmt: skip
     # Opaque, lest the addresses that follow from it are computed, and held, before the sums.
     first = gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1
@@ -243,7 +300,7 @@ def _work(
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     COUNT: gl.constexpr = len(PIECES)
-    for i in gl.static_range(2 * COUNT):
+    for i in gl.static_range(P.tiles * COUNT):
         tile = row_tile + i // COUNT
         at = first + _start(PIECES, i % COUNT)
         sums = acc[i].reshape([4, 2, 8, _size(PIECES, i % COUNT)])
@@ -258,17 +315,17 @@ def _work(
 
 
 @gluon.jit
-def _consume(
-    words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
-    zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
-    alpha, beta, limit,
-    group: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
+def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
+    (
+        words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
+        zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
+        alpha, beta, limit,
+    ) = arguments  # fmt: skip
     turn = 0
     for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
         expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
         expert = expert.to(gl.int64)
-        row_tile += 2 * group
+        row_tile += P.tiles * group
         quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
@@ -309,25 +366,30 @@ def prefill_kernel(
     SLOTS: gl.constexpr = P.slots
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=P.consumers)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (_consume, (
-                words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
-                scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr,
-                out_ptr, alpha, beta, limit, 0, P,
-            )),
-            (_consume, (
-                words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
-                scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr,
-                out_ptr, alpha, beta, limit, 1, P,
-            )),
-            (produce, (
-                w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr,
-                count_ptr, max_tiles, steps, P,
-            )),
-        ],
-        [4, 1],
-        _REGISTERS,
+    consumer = (
+        words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
+        zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
+        alpha, beta, limit,
     )  # fmt: skip
+    producer = (
+        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
+        max_tiles, steps,
+    )  # fmt: skip
+    if P.consumers == 2:
+        gl.warp_specialize(
+            [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
+            [4, 1],
+            _REGISTERS_OF_TWO,
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)),
+                (_consume, (consumer, 2, P)), (_consume, (consumer, 3, P)),
+                (produce, (producer, P)),
+            ],
+            [4, 4, 4, 1],
+            _REGISTERS_OF_FOUR,
+        )  # fmt: skip

@@ -2,9 +2,9 @@
 
 A ring of slots, each with a stage: a chunk or two of 64 columns of four row tiles, their row
 parameters of the whole super-block, and the activations of up to a tile's tokens. One warp fills
-it with bulk copies; each warpgroup takes its two row tiles from there, as operands of the matrix
+it with bulk copies; each warpgroup takes its row tiles from there, as operands of the matrix
 instruction, and the scales that multiply sums. A slot is full when all its bytes have come, and
-empty when both warpgroups say so.
+empty when all warpgroups say so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moelten.kernels.hopper_fragments import (
 
 # Its name in later Tritons, and in 3.6.
 _bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-TILES = gl.constexpr(4)  # row tiles of a piece of work, two for each warpgroup
+TILES = gl.constexpr(4)  # row tiles of a piece of work
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Problem:
     ordered:       whether columns of the result stand in the order of operands, for the next GEMM
     block:         most tokens of a tile
     slots, stage:  slots of the ring, chunks of each
+    consumers:     warpgroups that multiply, 2 or 4
     """
 
     rows: int
@@ -53,6 +54,12 @@ class Problem:
     block: int
     slots: int
     stage: int
+    consumers: int
+
+    @property
+    def tiles(self) -> int:
+        """Row tiles of each warpgroup."""
+        return 4 // self.consumers
 
     @property
     def row_tiles(self) -> int:
@@ -143,11 +150,12 @@ def _fill(
 
 
 @gluon.jit
-def produce(
-    w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
-    max_tiles, steps, P: gl.constexpr,
-):  # fmt: skip
+def produce(arguments, P: gl.constexpr):
     """Fill the ring with all of a program's work: as many quarters of a block as have tokens."""
+    (
+        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
+        max_tiles, steps,
+    ) = arguments  # fmt: skip
     turn = 0
     for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
         expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)

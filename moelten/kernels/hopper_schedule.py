@@ -34,11 +34,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class WideVariant:
-    """block: most tokens of a tile; slots of so many chunks (stage) in shared memory."""
+    """block: most tokens of a tile; slots of so many chunks (stage) in shared memory; consumers:
+    warpgroups that multiply."""
 
     block: int
     slots: int
     stage: int
+    consumers: int = 2
 
 
 def block_of(pairs: int, num_experts: int) -> int:
