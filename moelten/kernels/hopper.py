@@ -96,7 +96,7 @@ class HopperBackend(ArenaBackend):
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts)
         block = variant.block if variant else block_of(pairs, experts)
-        plan = empty_plan(take, pairs, experts, block)
+        plan = empty_plan(take, pairs, experts, block, inverse=variant is not None)
         hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 32) * 32)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
@@ -104,7 +104,7 @@ class HopperBackend(ArenaBackend):
         if variant:
             width = -(-hidden_size // 32) * 32
             gathered = slots.view(fmt.data_dtype)[: pairs * width].view(pairs, width)
-            wide = _Wide(variant, gathered, take(torch.int32, pairs))
+            wide = _Wide(variant, gathered)
         return _Stages(plan, inputs, hidden, slots, wide)
 
     def run_chunk(
@@ -138,7 +138,7 @@ class HopperBackend(ArenaBackend):
         else:
             second = Epilogue(extras.get("w2_bias"))
             slots = _many(rows, rows_per_source, experts, stages, stages.wide, first, second)
-            combine(slots, ids, *where, out, inverse=stages.wide.inverse, router=router)
+            combine(slots, ids, *where, out, inverse=stages.plan.inverse, router=router)
 
 
 def _few(
@@ -179,7 +179,8 @@ def _many(
     from moelten.kernels.hopper_plan import gather
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
-    gather(rows, rows_per_source, plan, wide.gathered, wide.inverse)
+    assert plan.inverse is not None
+    gather(rows, rows_per_source, plan.inverse, wide.gathered)
     prefill_gemm(wide.gathered, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
     pairs = len(hidden)
     slots = stages.slots[: pairs * w2.rows].view(pairs, w2.rows)
@@ -192,12 +193,10 @@ class _Wide:
     """What many tokens per expert need.
 
     gathered: [P, H rounded up to 32] in the place of the slots: rows by position in the plan
-    inverse:  int32 [P], the position of each pair
     """
 
     variant: WideVariant
     gathered: Tensor
-    inverse: Tensor
 
 
 @dataclass(frozen=True)
