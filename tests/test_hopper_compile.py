@@ -16,6 +16,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
 from hopper_offline import (
     OPERANDS,
     compile_kernel,
@@ -25,11 +26,14 @@ from hopper_offline import (
     scale_name,
     shared_types,
 )
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton_offline import stack_bytes
 
 from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_decode import decode_kernel
+from moelten.kernels.hopper_plan import gather_kernel
 from moelten.kernels.hopper_schedule import make_variant
 from moelten.kernels.launches import _NUMBERS, _SCRATCH, _is_plain, _kinds
 
@@ -100,6 +104,36 @@ def test_machine_code(name, block):
             # A step decodes 4 row groups of 16 rows by 64 columns: 128 weights per lane.
             if groups == 16:
                 assert len(body) / 128 <= budget, len(body)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("columns", [2880, 8192])
+def test_gather_reads_a_row_once(columns, normalized, tmp_path):
+    """16 bytes at a time, and so it writes each slot's; in few registers, for many rows at once."""
+    names, slots, words = gather_kernel.arg_names, 6, columns // 2
+    block = triton.next_power_of_2(words)
+    values = {"SLOTS": slots, "WORDS": words, "WIDTH": words, "BLOCK": block}
+    types = {"x_ptr": "*i32", "inverse_ptr": "*i32", "out_ptr": "*i32"}
+    if normalized:
+        types["scale_ptr"] = "*fp32"
+    else:
+        values["scale_ptr"] = None
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types}
+    source = ASTSource(gather_kernel, signature, values, aligned)
+    warps = block // 512
+    options = {"num_warps": warps}
+    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert stack_bytes(kernel.asm["cubin"]) == 0
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    listing = subprocess.run(
+        [NVDISASM, "-c", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    loads = -(-words // (128 * warps))
+    assert len(re.findall(r"LDG\.E\.128", listing)) == loads
+    assert len(re.findall(r"STG\.E\.128", listing)) == slots * loads
+    assert max(int(n) for n in re.findall(r"\bR(\d+)\b", listing)) < 64
 
 
 def test_parameters_are_those_of_a_recorded_launch():

@@ -35,7 +35,6 @@ from moelten.formats import (  # noqa: E402
 )
 from moelten.kernels import arena, triton_ops  # noqa: E402
 from moelten.kernels.triton_variants import block_m, current_target  # noqa: E402
-from moelten.plan import make_plan  # noqa: E402
 from moelten.qtensor import QTensor, quantize  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
 
@@ -132,38 +131,6 @@ def test_quantized_pairs_are_bit_exact(fmt):
     parts = [None if t is None else t.to(DEVICE) for t in (router, pre, static)]
     pairs = triton_ops.Pairs(ids.to(DEVICE), 3, 1, *parts)
     assert_same_rows(triton_ops.quantize_rows(x.to(DEVICE), fmt, pairs, by_token=True), wanted)
-
-
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize(
-    "size, experts, block",
-    [
-        (1, 1, 16),
-        (9, 5, 16),
-        (40, 3, 16),
-        (128, 300, 16),
-        (129, 2, 16),
-        (300, 7, 16),
-        (5000, 11, 64),
-    ],
-)
-def test_plan(size, experts, block, dtype):
-    """The same order as the CPU's plan, whatever the ids; tiles cover it and no more."""
-    g = torch.Generator().manual_seed(size)
-    ids = torch.randint(-1, experts + 3, (size, 1), generator=g)
-    ids[ids == experts + 2] = 2**31 - 1
-    ids[::7] = -(2**31)
-    plan = triton_ops.make_tile_plan(ids.to(dtype).to(DEVICE), experts, 1, block)
-    wanted = make_plan(ids, experts, 1)
-    assert torch.equal(plan.pairs[: wanted.num_rows].cpu().long(), wanted.pairs)
-    tiles = [
-        (e, s, min(s + block, last))
-        for e, first, last in wanted.spans()
-        for s in range(first, last, block)
-    ]
-    count = int(plan.count)
-    assert count <= plan.max_tiles
-    assert [tuple(t) for t in plan.tiles[:, :count].T.tolist()] == tiles
 
 
 def test_combine_adds_in_slot_order_and_skips():

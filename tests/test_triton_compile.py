@@ -15,11 +15,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 pytest.importorskip("triton")
 
+import triton
 import triton.language as tl
 from cases import ALL_SCHEMES
-from triton_offline import Build, Result, all_builds, compile_all
+from triton.compiler import ASTSource
+from triton_offline import Build, Result, all_builds, compile_all, stack_bytes
 from triton_targets import TARGETS
 
+from moelten.kernels import triton_ops
 from moelten.kernels.triton_variants import make_variant
 
 PRODUCTS = {
@@ -68,6 +71,27 @@ def test_every_variant_builds(target):
         f"{build}: {text}" for build, result in results.items() for text in failures(build, result)
     ]
     assert not wrong, f"{len(wrong)} of {len(results)} for {target}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("experts", [8, 200, 512])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_plan_builds(target, experts):
+    """For many pairs: sorted in registers, of which none is spilled."""
+    gpu, padded = TARGETS[target][1], triton.next_power_of_2(experts)
+    rows = min(triton_ops._COUNTS // padded, triton_ops._MAX_PROGRAMS)
+    sizes = {"BLOCK": 128, "EXPERTS": padded, "CHUNK": triton_ops._CHUNK, "ROWS": rows}
+    for kernel, warps in ((triton_ops.count_kernel, 4), (triton_ops.place_kernel, 8)):
+        names = kernel.arg_names
+        kinds = {n: "*i32" if n.endswith("_ptr") else "i32" for n in names if n not in sizes}
+        constants = {n: value for n, value in sizes.items() if n in names}
+        signature = {n: kinds.get(n, "constexpr") for n in names}
+        code = triton.compile(
+            ASTSource(kernel, signature, constants), target=gpu, options={"num_warps": warps}
+        ).asm
+        if gpu.backend == "cuda":
+            assert stack_bytes(code["cubin"]) == 0
+        else:
+            assert not re.search(r"gpr_spill_count:\s*[1-9]", code["amdgcn"])
 
 
 def test_which_schemes_multiply_blocks():

@@ -11,7 +11,10 @@ import pytest
 
 # Two processes of about the same length, side by side.
 SUITES = (
-    ("test_triton.py", "test_triton_casts.py", "test_triton_scaled.py"),
+    (
+        *("test_triton.py", "test_triton_casts.py", "test_triton_plan.py"),
+        *("test_triton_scaled.py", "test_hopper_plan.py"),
+    ),
     (
         *("test_triton_fuzz.py", "test_triton_quantized.py", "test_triton_routing.py"),
         *("test_triton_workspace.py", "test_stages.py"),

@@ -93,24 +93,22 @@ class HopperBackend(ArenaBackend):
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts)
         block = variant.block if variant else block_of(pairs, experts)
-        # bf16 rows for operands of fp16 become that, times a power of two of each row.
-        dtype = torch.float16 if variant and stored.folded and self.operand == "bf16" else None
         inputs = wide = None
         if on_input or "w13_pre_scale" in spec.extras:
-            inputs = empty_rows(take, pairs, hidden_size, fmt, dtype=dtype)
-        elif dtype:
-            inputs = empty_rows(take, tokens, hidden_size, fmt, dtype=dtype)
-        plan = empty_plan(take, pairs, experts, block)
+            inputs = empty_rows(take, pairs, hidden_size, fmt)
+        plan = empty_plan(take, pairs, experts, block, inverse=variant is not None)
         hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 32) * 32)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
-            rows = slots.view(dtype or fmt.data_dtype)[: pairs * width].view(pairs, width)
-            scales = [take(torch.float32, pairs, 1) if dtype else None for _ in "12"]
-            second = Rows(hidden[0].view(dtype or fmt.data_dtype), scales[1])
-            wide = _Wide(variant, Rows(rows, scales[0]), second, take(torch.int32, pairs))
+            # bf16 rows for operands of fp16 become that, times a power of two of each row.
+            dtype = torch.float16 if stored.folded else fmt.data_dtype
+            scaled = dtype != fmt.data_dtype
+            scales = [take(torch.float32, pairs, 1) if scaled else None for _ in "12"]
+            rows = slots.view(dtype)[: pairs * width].view(pairs, width)
+            wide = _Wide(variant, Rows(rows, scales[0]), Rows(hidden[0].view(dtype), scales[1]))
         return _Stages(plan, inputs, hidden, slots, wide)
 
     def run_chunk(
@@ -139,12 +137,12 @@ class HopperBackend(ArenaBackend):
         router = None if routing.on_input else routing.weights
         if stages.wide is None:
             second = Epilogue(extras.get("w2_bias"), router=router)
-            slots = _few(rows.data, rows_per_source, experts, stages, ids.numel(), first, second)
+            slots = _few(rows, rows_per_source, experts, stages, ids.numel(), first, second)
             combine(slots, ids, *where, out)
         else:
             second = Epilogue(extras.get("w2_bias"))
             slots = _many(rows, rows_per_source, experts, stages, stages.wide, first, second)
-            combine(slots, ids, *where, out, inverse=stages.wide.inverse, router=router)
+            combine(slots, ids, *where, out, inverse=stages.plan.inverse, router=router)
 
 
 def _few(
@@ -172,7 +170,7 @@ def _few(
 
 
 def _many(
-    rows: Rows,
+    rows: Tensor,
     rows_per_source: int,
     experts: PackedExperts,
     stages: _Stages,
@@ -186,7 +184,8 @@ def _many(
     from moelten.kernels.triton_ops import quantize_rows
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
-    gather(rows, rows_per_source, plan, wide.first, wide.inverse)
+    assert plan.inverse is not None
+    gather(rows, rows_per_source, plan.inverse, wide.first.data, wide.first.scale)
     prefill_gemm(wide.first, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
     if wide.second.scale is not None:
         quantize_rows(hidden, experts.spec.scheme.activations, rows=wide.second)
@@ -200,22 +199,20 @@ def _many(
 class _Wide:
     """What many tokens per expert need.
 
-    first:   [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
-    second:  [P, I rounded up to 32], rows of GEMM2 by position; the place of the hidden rows
-    inverse: int32 [P], the position of each pair
+    first:  [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
+    second: [P, I rounded up to 32], rows of GEMM2 by position; the place of the hidden rows
     """
 
     variant: WideVariant
     first: Rows
     second: Rows
-    inverse: Tensor
 
 
 @dataclass(frozen=True)
 class _Stages:
     """Where the stages of one chunk write: P pairs, valid or not.
 
-    inputs: rows of the input, [T] or by pair [P]; None where GEMM1 reads x itself
+    inputs: rows of the input by pair, [P]; None where GEMM1 reads x itself
     hidden: [1, P, I rounded up to 32], in the operand type
     slots:  fp32, of which splits * P rows are used
     wide:   None for few tokens per expert
@@ -234,16 +231,15 @@ def _row_tiles(rows: int) -> int:
 
 def _input_rows(
     x: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None
-) -> tuple[Rows, int]:
-    """GEMM1's rows, written to `rows`, and how many pairs share each: top_k, or one."""
-    from moelten.kernels.triton_ops import Pairs, Rows, quantize_rows
+) -> tuple[Tensor, int]:
+    """Rows of x, and how many pairs share each: top_k, unless pairs differ by expert."""
+    from moelten.kernels.triton_ops import Pairs, quantize_rows
 
     spec = experts.spec
     if rows is None:
-        return Rows(x), routing.top_k
-    fmt, pre = spec.scheme.activations, experts.tensors.get("w13_pre_scale")
-    if not routing.on_input and pre is None:
-        return quantize_rows(x, fmt, rows=rows), routing.top_k
+        return x, routing.top_k
     router = routing.weights if routing.on_input else None
+    pre = experts.tensors.get("w13_pre_scale")
     pairs = Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre)
-    return quantize_rows(x, fmt, pairs, by_token=True, rows=rows), 1
+    quantize_rows(x, spec.scheme.activations, pairs, by_token=True, rows=rows)
+    return rows.data, 1

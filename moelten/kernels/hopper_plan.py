@@ -14,11 +14,12 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.kernels.launches import launch
-from moelten.kernels.triton_ops import Rows, TilePlan, make_tile_plan
+from moelten.kernels.triton_casts import abs_bits, round_to
+from moelten.kernels.triton_ops import TilePlan, histogram, local_experts, make_tile_plan
 
 _SCAN = 1024
 _MAX_PAIRS = 8192
-_GATHERED = 4  # rows of a program, whose loads overlap
+_GATHERED = 4096  # words that a program holds at once
 
 
 def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
@@ -29,15 +30,17 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan)
         return
     launch(
         plan_kernel, (num_experts,),
-        ids.contiguous(), plan.pairs, plan.tiles, plan.count, size, num_experts, first_expert,
-        plan.max_tiles, BLOCK=plan.block, EXPERTS=triton.next_power_of_2(num_experts),
+        ids.contiguous(), plan.pairs, plan.tiles, plan.count, plan.inverse,
+        size, num_experts, first_expert, plan.max_tiles,
+        BLOCK=plan.block, EXPERTS=triton.next_power_of_2(num_experts),
         SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
 def plan_kernel(
-    ids_ptr, pairs_ptr, tiles_ptr, count_ptr, size, num_experts, first_expert, max_tiles,
+    ids_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
+    size, num_experts, first_expert, max_tiles,
     BLOCK: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Count all experts' pairs, in every program; write the pairs and tiles of its own."""
@@ -45,11 +48,15 @@ def plan_kernel(
     expert = tl.program_id(0)
     e = tl.arange(0, EXPERTS)
     counts = tl.zeros((EXPERTS,), tl.int32)
-    for start in range(0, size, SCAN):
+    start = expert * 0
+    while start < size:
         i = start + tl.arange(0, SCAN)
-        local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
-        valid = (i < size) & (local >= 0) & (local < num_experts)
-        counts += tl.histogram(tl.where(valid, local, 0).to(tl.int32), EXPERTS, mask=valid)
+        local = local_experts(ids_ptr, i, size, num_experts, first_expert)
+        counts += histogram(local, num_experts, EXPERTS)
+        if inverse_ptr is not None:
+            nowhere = (local == num_experts) & (i < size) & (expert == 0)
+            tl.store(inverse_ptr + i, -1, mask=nowhere)
+        start += SCAN
     tiles = (counts + BLOCK - 1) // BLOCK
     position = tl.sum(tl.where(e < expert, counts, 0))
     tile = tl.sum(tl.where(e < expert, tiles, 0))
@@ -64,56 +71,104 @@ def plan_kernel(
         tile += 1
         first += BLOCK
     if position < stop:
-        for start in range(0, size, SCAN):
+        start = expert * 0
+        while start < size:
             i = start + tl.arange(0, SCAN)
-            local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
-            mine = ((local == expert) & (i < size)).to(tl.int32)
-            tl.store(pairs_ptr + position + tl.cumsum(mine, 0) - mine, i, mask=mine != 0)
+            local = local_experts(ids_ptr, i, size, num_experts, first_expert)
+            mine = (local == expert).to(tl.int32)
+            at = position + tl.cumsum(mine, 0) - mine
+            tl.store(pairs_ptr + at, i, mask=mine != 0)
+            if inverse_ptr is not None:
+                tl.store(inverse_ptr + i, at, mask=mine != 0)
             position += tl.sum(mine)
+            start += SCAN
 
 
-def gather(x: Rows, rows_per_source: int, plan: TilePlan, out: Rows, inverse: Tensor) -> None:
-    """out[i] = row pairs[i] // rows_per_source of x, and inverse[pairs[i]] = i, for positions i.
+def gather(
+    x: Tensor, rows_per_source: int, inverse: Tensor, out: Tensor, scale: Tensor | None = None
+) -> None:
+    """out[inverse[p]] = row p // rows_per_source of x, for every pair p that has a position.
 
-    x:       [R, K] of 16 bits, and a scale of each row or none
+    x:       [R, K] of 16 bits, a multiple of 2 of them
+    inverse: int32 [R * rows_per_source], -1 for pairs that are not valid (`TilePlan`)
     out:     [P, K rounded up to 32], columns in the order of `hopper_layout`'s operands, then zeros
-    inverse: int32 [P], undefined for pairs that are not valid
+    scale:   fp32 [P]; with it rows of bf16 are written in fp16, times the power of two that brings
+             the largest of each to 2**14 .. 2**15, and scale[inverse[p]] undoes that: bit for bit
+             the rows of `triton_ops.quantize_rows(..., dtype=torch.float16)`
     """
-    words, width = x.data.shape[1] // 2, out.data.shape[1] // 2
-    block = min(triton.next_power_of_2(width), 1024)
+    width = out.shape[1] // 2
+    block = min(triton.next_power_of_2(width), _GATHERED)
     launch(
-        gather_kernel, (triton.cdiv(len(inverse), _GATHERED), triton.cdiv(width, block)),
-        x.data.view(torch.int32), x.scale, plan.pairs, plan.tiles, plan.count,
-        out.data.view(torch.int32), out.scale, inverse,
-        len(inverse), plan.max_tiles, rows_per_source,
-        WORDS=words, WIDTH=width, ROWS=_GATHERED, BLOCK=block,
+        gather_kernel, (x.shape[0],),
+        x.view(torch.int32), inverse, out.view(torch.int32), scale,
+        SLOTS=rows_per_source, WORDS=x.shape[1] // 2, WIDTH=width, BLOCK=block,
+        num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["size", "max_tiles", "rows_per_source"])
+@triton.jit
+def _load_words(x_ptr, start, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Words start .. start + BLOCK of a row in memory's order, zeros behind the last."""
+    word = start + tl.arange(0, BLOCK)
+    return tl.load(x_ptr + word, mask=word < WORDS, other=0)
+
+
+@triton.jit
+def _low_half(word):
+    """The first of two bf16 numbers, in fp32."""
+    return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high_half(word):
+    return (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_exponent(x_ptr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The biased exponent of the largest number of a row, within what can be brought to 2**14."""
+    top = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, WORDS, BLOCK):
+        word = _load_words(x_ptr, start, WORDS, BLOCK)
+        top = tl.maximum(top, tl.maximum(abs_bits(_low_half(word)), abs_bits(_high_half(word))))
+    return tl.minimum(tl.maximum(tl.max(top, axis=0) >> 23, 15), 254)
+
+
+@triton.jit
+def _to_half(x):
+    """fp32 to the bits of fp16."""
+    return round_to(x, tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
 def gather_kernel(
-    x_ptr, scale_ptr, pairs_ptr, tiles_ptr, count_ptr, out_ptr, out_scale_ptr, inverse_ptr,
-    size, max_tiles, rows_per_source,
-    WORDS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, inverse_ptr, out_ptr, scale_ptr,
+    SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    to = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(count_ptr)
-    valid = tl.load(tiles_ptr + 2 * max_tiles + count - 1, mask=count > 0, other=0)
-    inside = position < tl.minimum(valid, size)
-    pair = tl.load(pairs_ptr + position, mask=inside, other=0)
-    if tl.program_id(1) == 0:
-        tl.store(inverse_ptr + pair, position, mask=inside)
+    """Read a row once, and write it for each of its pairs."""
+    source = tl.program_id(0).to(tl.int64)
+    x_ptr += source * WORDS
+    # All before the first store, lest each waits for the stores before it.
+    positions = ()
+    for slot in tl.static_range(SLOTS):
+        positions = positions + (tl.load(inverse_ptr + source * SLOTS + slot).to(tl.int64),)
+    if scale_ptr is not None:
+        exponent = _row_exponent(x_ptr, WORDS, BLOCK)
+        up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    for start in range(0, WIDTH, BLOCK):
+        word = _load_words(x_ptr, start, WORDS, BLOCK)
         if scale_ptr is not None:
-            scale = tl.load(scale_ptr + pair // rows_per_source, mask=inside, other=0.0)
-            tl.store(out_scale_ptr + position, scale, mask=inside)
-    source = (pair // rows_per_source).to(tl.int64)[:, None] * WORDS
-    # Words of 32 columns: s j t in the order of operands, t s j in memory.
-    column = to // 16 * 16 + to % 4 * 4 + to // 4 % 4
-    known = inside[:, None] & (column < WORDS)[None, :]
-    word = tl.load(x_ptr + source + column[None, :], mask=known, other=0)
-    at = position.to(tl.int64)[:, None] * WIDTH + to[None, :]
-    tl.store(out_ptr + at, word, mask=inside[:, None] & (to < WIDTH)[None, :])
+            word = _to_half(_low_half(word) * up) | (_to_half(_high_half(word) * up) << 16)
+        # Words of 32 columns: t s j in memory, s j t in the order of operands.
+        word = tl.trans(tl.reshape(word, (BLOCK // 16, 4, 4)), (0, 2, 1)).reshape((BLOCK,))
+        to = start + tl.arange(0, BLOCK)
+        for slot in tl.static_range(SLOTS):
+            known = (to < WIDTH) & (positions[slot] >= 0)
+            tl.store(out_ptr + positions[slot] * WIDTH + to, word.to(tl.int32), mask=known)
+    if scale_ptr is not None:
+        for slot in tl.static_range(SLOTS):
+            tl.store(scale_ptr + positions[slot], scale, mask=positions[slot] >= 0)
 
 
 def combine(
@@ -128,7 +183,8 @@ def combine(
 ) -> None:
     """out[t] = sum over slots, then splits, of the valid rows of y [splits, T*k, H], in order.
 
-    inverse: int32 [T*k], where the row of each pair is; that of the pair by default
+    inverse: int32 [T*k], where the row of each pair is, -1 for pairs that are not valid, so that
+             ids are not read; by default rows are by pair
     router:  [T, k] weights of the rows
     """
     tokens, top_k = ids.shape
@@ -155,11 +211,13 @@ def combine_kernel(
     gdc_wait()
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
-        local = tl.load(ids_ptr + pair).to(tl.int64) - first_expert
-        valid = (local >= 0) & (local < num_experts)
-        row = pair
         if inverse_ptr is not None:
-            row = tl.load(inverse_ptr + pair, mask=valid, other=0).to(tl.int64)
+            row = tl.load(inverse_ptr + pair).to(tl.int64)
+            valid = row >= 0
+        else:
+            row = pair
+            local = tl.load(ids_ptr + pair).to(tl.int64) - first_expert
+            valid = (local >= 0) & (local < num_experts)
         brought = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):
             at = y_ptr + split * split_stride + row * width + column
@@ -167,4 +225,5 @@ def combine_kernel(
         if router_ptr is not None:
             brought *= tl.load(router_ptr + pair).to(tl.float32)
         total += brought
-    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+    total = round_to(total, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * width + column, total, mask=inside)

@@ -1,0 +1,178 @@
+"""What stands around the Hopper GEMMs, bit for bit: plan in one launch, gather, combine.
+
+Runs on a Hopper GPU, or in the interpreter through test_triton_interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_triton_plan import DEVICE, INTERPRET, assert_plan, hard_ids, poisoned_plan
+
+if not INTERPRET and torch.cuda.get_device_capability()[0] != 9:
+    pytest.skip("runs on a Hopper GPU or through the interpreter", allow_module_level=True)
+
+from moelten.formats import BF16
+from moelten.kernels import hopper_plan, triton_ops
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+POISON = -12345
+
+
+@pytest.fixture(autouse=True)
+def no_overlap(monkeypatch):
+    """The interpreter has no instructions that let launches overlap."""
+    if INTERPRET:
+        monkeypatch.setattr(hopper_plan, "gdc_wait", lambda: None)
+        monkeypatch.setattr(hopper_plan, "gdc_launch_dependents", lambda: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "size, experts, block", [(1, 1, 8), (40, 3, 16), (200, 7, 8), (2500, 5, 128), (3001, 5, 128)]
+)
+def test_plan(size, experts, block, dtype, monkeypatch):
+    monkeypatch.setattr(
+        hopper_plan, "_MAX_PAIRS", 3000
+    )  # beyond which the plan is the portable one
+    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block)
+    hopper_plan.plan_tiles(ids.to(dtype).to(DEVICE), experts, 1, plan)
+    assert_plan(plan, ids, experts)
+
+
+def test_plan_of_one_expert():
+    for chosen in (0, 4, 5):
+        ids, plan = torch.full((1100, 1), chosen), poisoned_plan(1100, 5, 128)
+        hopper_plan.plan_tiles(ids.to(DEVICE), 5, 0, plan)
+        assert_plan(plan, ids, 5, first=0)
+
+
+def some_places(pairs: int) -> torch.Tensor:
+    """A position for most pairs, none for the others."""
+    g = torch.Generator().manual_seed(pairs)
+    here = torch.rand(pairs, generator=g) > 0.25
+    inverse = torch.full((pairs,), -1)
+    inverse[here] = torch.randperm(int(here.sum()), generator=g)
+    return inverse
+
+
+def ordered(x: torch.Tensor) -> torch.Tensor:
+    """Columns filled up with zeros, each 32 from t s j to s j t, of pairs of columns."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 32))
+    return x.view(len(x), -1, 4, 4, 2).transpose(2, 3).reshape(x.shape)
+
+
+def gathered(x, rows_per_source: int, inverse, scale=None, dtype=None) -> torch.Tensor:
+    """What `gather` writes, over a poison."""
+    width = -(-x.shape[1] // 32) * 32
+    out = torch.full((len(inverse), width), POISON, dtype=torch.int16, device=DEVICE)
+    found = out.view(dtype or x.dtype)
+    hopper_plan.gather(x, rows_per_source, inverse.int().to(DEVICE), found, scale)
+    return found.cpu()
+
+
+def placed(rows: torch.Tensor, rows_per_source: int, inverse: torch.Tensor) -> torch.Tensor:
+    """The row of every pair at its position, over the same poison."""
+    pairs = torch.arange(len(inverse))[inverse >= 0]
+    out = torch.full((len(inverse), rows.shape[1]), POISON, dtype=torch.int16).view(rows.dtype)
+    out[inverse[pairs]] = rows[pairs // rows_per_source]
+    return out
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+# One block of words; one that is not full; more than one.
+COLUMNS = (8, 72, 2880, 4096, 8192, 8232, 20000)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 6])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_gather(columns, slots):
+    """Any bits of any row, wherever its pairs are."""
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randint(-(2**15), 2**15, (5, columns), generator=g).to(torch.int16)
+    x, inverse = x.view(torch.bfloat16), some_places(5 * slots)
+    wanted = placed(ordered(x), slots, inverse)
+    assert same_bits(gathered(x.to(DEVICE), slots, inverse), wanted)
+
+
+def hard_rows(columns: int) -> torch.Tensor:
+    """Rows over all exponents, and one each of zeros, of subnormal, small and large numbers."""
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(11, columns, generator=g)
+    x[1] = 0
+    x[2] *= 2.0**-120
+    x[3] *= 2.0**120
+    x[4] = torch.exp2(torch.randint(-133, 128, (columns,), generator=g).float())
+    x[5] *= 2.0**-131
+    x[6] = 0
+    x[6, columns // 2 + 1] = -(2.0**-133)
+    x[7] = 0
+    x[7, -1] = -3e38
+    x[8, 0], x[9, -1], x[10, 1] = torch.nan, torch.inf, -torch.inf
+    return x.bfloat16()
+
+
+def normalized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in fp16 by a power of two, the largest at 2**14 .. 2**15; and what undoes it."""
+    top = x.float().abs().amax(1).nan_to_num(3e38, 3e38)
+    exponent = torch.where(top > 0, torch.frexp(top)[1], -111).clamp(min=-111)
+    up = torch.ldexp(torch.ones(len(x)), 15 - exponent)
+    return (x.float() * up[:, None]).half(), 1 / up
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_gather_normalized(columns, slots):
+    """The rows that the portable kernel writes, and what the definition says."""
+    x = hard_rows(columns)
+    inverse = some_places(len(x) * slots)
+    scale = torch.full((len(inverse),), -5.0, device=DEVICE)
+    found = gathered(x.to(DEVICE), slots, inverse, scale, torch.float16)
+    rows = triton_ops.quantize_rows(x.to(DEVICE), BF16, dtype=torch.float16)
+    data, undo = normalized(x)
+    finite = x.isfinite().all(1)
+    assert same_bits(rows.data.cpu()[finite], data[finite])
+    assert torch.equal(rows.scale.cpu()[:, 0][finite], undo[finite])
+    top = data[finite].abs().amax(1)
+    assert ((top >= 2**14) & (top < 2**15) | (x[finite].abs().amax(1) < 2.0**-112)).all()
+    wanted = placed(ordered(rows.data.cpu()), slots, inverse)
+    same = found.view(torch.int16) == wanted.view(torch.int16)
+    assert (same | (found.isnan() & wanted.isnan())).all()
+    pairs = torch.arange(len(inverse))[inverse >= 0]
+    assert torch.equal(scale.cpu()[inverse[pairs]], rows.scale.cpu()[pairs // slots, 0])
+    assert (scale[len(pairs) :] == -5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_combine_by_position(dtype):
+    """Slots in order, splits within them, each times its weight; nothing where there is no row."""
+    g = torch.Generator().manual_seed(3)
+    y, inverse = torch.randn(2, 21, 1032, generator=g), some_places(21)
+    y[:, int((inverse >= 0).sum()) :] = torch.nan
+    router, ids = torch.rand(7, 3, generator=g), torch.full((7, 3), 99)
+    wanted = torch.zeros(7, 1032)
+    for slot in range(3):
+        at = inverse.view(7, 3)[:, slot]
+        row = torch.where(at[:, None] >= 0, y[0, at] + y[1, at], 0)
+        wanted += row * router[:, slot, None]
+    out = torch.empty(7, 1032, dtype=dtype, device=DEVICE)
+    where, weights = inverse.int().to(DEVICE), router.to(DEVICE)
+    hopper_plan.combine(y.to(DEVICE), ids.to(DEVICE), 4, 0, out, inverse=where, router=weights)
+    torch.testing.assert_close(out.float().cpu(), wanted, rtol=2**-8, atol=1e-6)
+    # In fp32 the order shows: with no weights, of numbers that cancel.
+    big = torch.tensor([1e8, 1.0, -1e8])[None, :, None].expand(1, 3, 20).contiguous()
+    for order, sum_ in (([0, 1, 2], 0.0), ([0, 2, 1], 1.0), ([0, 2, -1], 0.0), ([-1, 1, -1], 1.0)):
+        out = torch.empty(1, 20, dtype=dtype, device=DEVICE)
+        where = torch.tensor(order, dtype=torch.int32, device=DEVICE)
+        hopper_plan.combine(big.to(DEVICE), ids[:1].to(DEVICE), 4, 0, out, inverse=where)
+        assert (out == sum_).all()
+
+
+def test_combine_by_pair():
+    y = torch.tensor([1e8, 1.0, -1e8, torch.nan, 3.0, 4.0])[:, None].expand(1, 6, 20).contiguous()
+    ids, out = torch.tensor([[0, 1, 0], [7, 1, 1]]), torch.empty(2, 20, device=DEVICE)
+    hopper_plan.combine(y.to(DEVICE), ids.to(DEVICE), 2, 0, out)
+    assert (out[0] == 0).all() and (out[1] == 7).all()

@@ -1,0 +1,100 @@
+"""The plan of the portable backend, bit for bit: order, positions and tiles.
+
+Runs on a GPU, or in the interpreter through test_triton_interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRET and not torch.cuda.is_available():
+    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
+pytest.importorskip("triton")
+
+from moelten.kernels import arena, triton_ops  # noqa: E402
+from moelten.plan import make_plan  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+POISON = -(10**9)
+
+
+def hard_ids(size: int, experts: int) -> torch.Tensor:
+    """Ids [size, 1] for experts 1 .. experts, and such as no expert has."""
+    g = torch.Generator().manual_seed(size)
+    ids = torch.randint(-1, experts + 3, (size, 1), generator=g)
+    ids[ids == experts + 2] = 2**31 - 1
+    ids[::7] = -(2**31)
+    return ids
+
+
+def poisoned_plan(size: int, experts: int, block: int) -> triton_ops.TilePlan:
+    """Room for a plan, of values that no plan has."""
+    plan = triton_ops.empty_plan(arena.heap(DEVICE), size, experts, block, inverse=True)
+    for part in (plan.pairs, plan.tiles, plan.count, plan.counts, plan.inverse):
+        part.fill_(POISON)
+    return plan
+
+
+def assert_plan(plan: triton_ops.TilePlan, ids: torch.Tensor, experts: int, first: int = 1):
+    """The same order as the CPU's plan, whatever the ids; tiles cover it and no more."""
+    wanted = make_plan(ids, experts, first)
+    rows = wanted.num_rows
+    assert torch.equal(plan.pairs[:rows].cpu().long(), wanted.pairs)
+    assert (plan.pairs[rows:] == POISON).all()
+    inverse = torch.full((ids.numel(),), -1)
+    inverse[wanted.pairs] = torch.arange(rows)
+    assert torch.equal(plan.inverse.cpu().long(), inverse)
+    tiles = [
+        (e, s, min(s + plan.block, last))
+        for e, first, last in wanted.spans()
+        for s in range(first, last, plan.block)
+    ]
+    count = int(plan.count)
+    assert count <= plan.max_tiles
+    assert [tuple(t) for t in plan.tiles[:, :count].T.tolist()] == tiles
+    assert (plan.tiles[:, count:] == POISON).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "size, experts, block",
+    [
+        (1, 1, 16),
+        (9, 5, 16),
+        (40, 3, 16),
+        (128, 300, 16),
+        (129, 2, 16),
+        (512, 1, 16),
+        (513, 520, 64),
+        (1300, 11, 64),
+    ],
+)
+def test_plan(size, experts, block, dtype):
+    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block)
+    triton_ops.make_tile_plan(ids.to(dtype).to(DEVICE), experts, 1, block, plan)
+    assert_plan(plan, ids, experts)
+
+
+@pytest.mark.parametrize("size, experts", [(257, 5), (570, 33)])
+def test_plan_of_few_programs(size, experts, monkeypatch):
+    """Several chunks for each program, and several rounds over what they counted."""
+    monkeypatch.setattr(triton_ops, "_CHUNK", 64)
+    monkeypatch.setattr(triton_ops, "_MAX_PROGRAMS", 4)
+    monkeypatch.setattr(triton_ops, "_COUNTS", 16)
+    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, 64)
+    assert plan.counts.shape == (4, experts)
+    triton_ops.make_tile_plan(ids.to(DEVICE), experts, 1, 64, plan)
+    assert_plan(plan, ids, experts)
+
+
+def test_plan_of_one_expert():
+    """All pairs for the first or the last expert of many, or for none."""
+    for chosen in (0, 259, 260):
+        ids, plan = torch.full((600, 1), chosen), poisoned_plan(600, 260, 16)
+        triton_ops.make_tile_plan(ids.to(DEVICE), 260, 0, 16, plan)
+        assert_plan(plan, ids, 260, first=0)
