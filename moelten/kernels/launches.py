@@ -15,8 +15,9 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, reduce
 from itertools import pairwise
+from operator import or_
 from typing import Any
 
 import torch
@@ -116,14 +117,15 @@ class Launches:
     def __init__(self, device: torch.device | None) -> None:
         self._device = None if device is None else device.index
         self._launches: list[_Launch] = []
-        self._places: list[tuple[int, int]] = []
+        # Where each tensor of the memory starts, the places inside them, and a null pointer.
         self._addresses: Any = None
+        self._inner: list[tuple[int, int]] = []
         self._filled: list[int] = []
         self._stream: int | None = None
         self._lock = threading.Lock()
 
-    def run(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
-        """Launch what `call` launches, on the current stream of the GPU.
+    def run(self, memory: Sequence[Tensor], call: Callable[..., None], *arguments: Any) -> None:
+        """Launch what `call(*arguments)` launches, on the current stream of the GPU.
 
         memory: every tensor that the launches read or write, contiguous, of the same sizes and
                 types every time
@@ -133,9 +135,9 @@ class Launches:
         if self._launches and self._repeat(addresses):
             return
         if self._device is not None and _are_distinct(memory):
-            self._record(memory, call)
+            self._record(memory, call, arguments)
         else:
-            call()
+            call(*arguments)
 
     def _repeat(self, addresses: list[int]) -> bool:
         """Launch on these addresses; False where that takes another call of Triton's."""
@@ -148,7 +150,8 @@ class Launches:
             if addresses != self._filled:
                 if not _are_aligned(addresses):
                     return False
-                self._addresses[:-1] = [addresses[tensor] + at for tensor, at in self._places]
+                inner = [addresses[tensor] + at for tensor, at in self._inner]
+                self._addresses[:-1] = addresses + inner
                 self._filled = addresses
             if stream != self._stream:
                 for entry in self._launches:
@@ -162,10 +165,12 @@ class Launches:
                     raise RuntimeError(f"CUDA error {status} at the launch of {name}")
         return True
 
-    def _record(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
+    def _record(
+        self, memory: Sequence[Tensor], call: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> None:
         token = _RECORD.set([])
         try:
-            call()
+            call(*arguments)
             record = _RECORD.get() or []
         finally:
             _RECORD.reset(token)
@@ -179,13 +184,17 @@ class Launches:
             if kind[0] == "*"
         )
         pointers.pop(0, None)  # of a tensor without elements
-        places = [_find(pointer, memory) for pointer in pointers]
+        found = {pointer: _find(pointer, memory) for pointer in pointers}
+        starts = [(index, 0) for index in range(len(memory))]
+        places = list(dict.fromkeys((*starts, *found.values())))
         addresses = (ctypes.c_uint64 * (len(places) + 1))()
-        slots = {p: ctypes.addressof(addresses) + 8 * i for i, p in enumerate((*pointers, 0))}
+        first = ctypes.addressof(addresses)
+        slots = {pointer: first + 8 * places.index(place) for pointer, place in found.items()}
+        slots[0] = first + 8 * len(places)
         launches = [_Launch(compiled, grid, values, slots) for compiled, grid, values in record]
         with self._lock:
             self._filled, self._stream = [], None
-            self._addresses, self._places = addresses, places
+            self._addresses, self._inner = addresses, places[len(memory) :]
             self._launches = launches
 
 
@@ -199,7 +208,7 @@ def _find(pointer: int, memory: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _are_aligned(addresses: list[int]) -> bool:
-    return not any(address % _ALIGNMENT for address in addresses)
+    return not reduce(or_, addresses, 0) % _ALIGNMENT
 
 
 def _are_distinct(memory: Sequence[Tensor]) -> bool:
