@@ -62,7 +62,7 @@ class Machine:
         self.launched: list[set[int]] = []
 
     def driver(self, config, function, parameters, extra) -> int:
-        found = {ctypes.c_uint64.from_address(place).value for place in parameters if place}
+        found = {ctypes.c_uint64.from_address(place).value for place in parameters._obj if place}
         self.launched.append(found)
         return 0
 
@@ -93,8 +93,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(module, name, kernel)
     monkeypatch.setattr(HopperBackend, "devices", ("cuda", "cpu"))
     monkeypatch.setattr(arena, "Launches", lambda device: Launches(torch.device("cuda", 7)))
-    monkeypatch.setattr(launches, "_driver", lambda: (found.driver, lambda device: 70 + device))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    stand_ins = found.driver, lambda: 7, lambda device: 70 + device
+    monkeypatch.setattr(launches, "_driver", lambda: stand_ins)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     arena._prepare.cache_clear()
     yield found

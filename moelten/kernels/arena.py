@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -142,8 +142,9 @@ class ArenaBackend(ABC):
                 f"{workspace.data_ptr():#x}; cut it from its allocation at such a multiple"
             )
         memory = (x, ids, weights, out, workspace, *experts.tensors.values())
-        chunks = call.step, x, experts, routing, out, workspace
-        call.launches.run(memory, self._run_chunks, *chunks)
+        if not call.launches.repeat(memory):
+            chunks = partial(self._run_chunks, call.step, x, experts, routing, out, workspace)
+            call.launches.record(memory, chunks)
 
     def _run_chunks(
         self,

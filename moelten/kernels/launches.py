@@ -87,8 +87,9 @@ class _Launch:
                 self.numbers.append(_NUMBERS[kind](values[name]))
                 places.append(ctypes.addressof(self.numbers[-1]))
         places += [slots[0]] * _SCRATCH
-        parameters = (ctypes.c_void_p * len(places))(*places)
-        function = ctypes.c_void_p(compiled.function)
+        # As ctypes passes them on: it would convert other objects at every call.
+        parameters = ctypes.byref((ctypes.c_void_p * len(places))(*places))
+        function = ctypes.c_void_p.from_param(compiled.function)
         self.arguments = ctypes.byref(self.config), function, parameters, None
 
 
@@ -124,27 +125,21 @@ class Launches:
         self._stream: int | None = None
         self._lock = threading.Lock()
 
-    def run(self, memory: Sequence[Tensor], call: Callable[..., None], *arguments: Any) -> None:
-        """Launch what `call(*arguments)` launches, on the current stream of the GPU.
+    def repeat(self, memory: Sequence[Tensor]) -> bool:
+        """Launch on this memory what was recorded, on the current stream of the GPU.
 
         memory: every tensor that the launches read or write, contiguous, of the same sizes and
                 types every time
-        call:   launches on this memory; it is called until what it does is recorded
-        """
-        addresses = [tensor.data_ptr() for tensor in memory]
-        if self._launches and self._repeat(addresses):
-            return
-        if self._device is not None and _are_distinct(memory):
-            self._record(memory, call, arguments)
-        else:
-            call(*arguments)
 
-    def _repeat(self, addresses: list[int]) -> bool:
-        """Launch on these addresses; False where that takes another call of Triton's."""
-        if torch.cuda.current_device() != self._device:
+        Returns False, with nothing launched, where that takes a call of Triton's: see `record`.
+        """
+        if not self._launches:
+            return False
+        run, current_device, current_stream = _driver()
+        if current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self._repeat(addresses)
-        run, current_stream = _driver()
+                return self.repeat(memory)
+        addresses = [tensor.data_ptr() for tensor in memory]
         stream = current_stream(self._device)
         with self._lock:
             if addresses != self._filled:
@@ -165,12 +160,14 @@ class Launches:
                     raise RuntimeError(f"CUDA error {status} at the launch of {name}")
         return True
 
-    def _record(
-        self, memory: Sequence[Tensor], call: Callable[..., None], arguments: tuple[Any, ...]
-    ) -> None:
+    def record(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
+        """Launch what `call` launches on this memory, and keep it where it may be repeated."""
+        if self._device is None or not _are_distinct(memory):
+            call()
+            return
         token = _RECORD.set([])
         try:
-            call(*arguments)
+            call()
             record = _RECORD.get() or []
         finally:
             _RECORD.reset(token)
@@ -219,9 +216,11 @@ def _are_distinct(memory: Sequence[Tensor]) -> bool:
 
 
 @cache
-def _driver() -> tuple[Any, Any]:
-    """The driver's launch, and Triton's way to ask for a GPU's current stream."""
+def _driver() -> tuple[Any, Any, Any]:
+    """The driver's launch, and ways to ask for the current GPU and for a GPU's current stream."""
     from triton.runtime import driver
 
     active: Any = driver.active
-    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx, active.get_current_stream
+    launch_kernel = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    # NOTE: not torch.cuda.current_device, which first makes sure that CUDA is initialised: it is.
+    return launch_kernel, torch._C._cuda_getDevice, active.get_current_stream
