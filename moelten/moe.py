@@ -11,18 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 from moelten import kernels
 from moelten.errors import FormatError, UnsupportedError
-from moelten.formats import Float
 from moelten.kernels import Backend, Verdict
 from moelten.packed import PackedExperts, decode_spec
 from moelten.routing import Routing
 from moelten.weights import ExpertSpec, ExpertWeights
+
+# Shape, dtype and device of a tensor.
+_Kind: TypeAlias = tuple[torch.Size, torch.dtype, torch.device]
 
 
 def pack(
@@ -95,13 +99,18 @@ def fused_moe(
     >>> fused_moe(x, experts, topk_softmax(torch.randn(3, 4), top_k=2)).shape
     torch.Size([3, 32])
     """
-    check_call(x, experts, routing)
-    reader = find_reader(experts, backend)
+    kind = _, _, device = check_call(x, experts, routing)
+    watched = _is_watched(x, routing.weights)
+    if watched or backend is not None:
+        reader = find_reader(experts, backend)
+    else:  # the same one, remembered: compilers do not look through that
+        _, reader, _ = _decode_signature(experts.signature, device)
+        experts.require(reader.layout)
     if workspace is not None:
-        _check_workspace(workspace, experts, routing)
+        _check_workspace(workspace, device, routing)
     if out is not None:
-        _check_out(out, x)
-    if _is_watched(x, routing.weights):
+        _check_out(out, x, kind)
+    if watched:
         return _call_operator(x, experts, routing, out, workspace, backend)
     if out is None:
         out = torch.empty_like(x)
@@ -187,46 +196,49 @@ def find_reader(experts: PackedExperts, backend: str | None = None) -> Backend:
     return reader
 
 
-def check_call(x: Tensor, experts: PackedExperts, routing: Routing) -> None:
-    """Refuse an input [T, H] that these experts or this routing are not for."""
+def check_call(x: Tensor, experts: PackedExperts, routing: Routing) -> _Kind:
+    """Refuse an input [T, H] that these experts or this routing are not for.
+
+    Returns what x is, so that no one asks it again: its device is that of all.
+    """
     if not isinstance(experts, PackedExperts):
         raise TypeError(
             f"experts: expected PackedExperts, got {type(experts).__name__}; call moelten.pack"
         )
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected Routing, got {type(routing).__name__}")
-    hidden, fmt = experts.spec.hidden_size, experts.spec.scheme.activations
-    if x.dim() != 2 or x.shape[1] != hidden:
+    kind = shape, dtype, device = x.shape, x.dtype, x.device
+    ids, hidden, packed_for = routing.ids, experts.spec.hidden_size, experts.device
+    if len(shape) != 2 or shape[1] != hidden:
         raise FormatError(f"x: expected [tokens, {hidden}], got {_describe(x)}")
-    if isinstance(fmt, Float) and x.dtype != fmt.data_dtype:
+    if dtype not in experts.inputs:
+        if len(experts.inputs) > 1:
+            raise FormatError(f"x: expected bf16, fp16 or fp32, got {_describe(x)}")
         raise FormatError(
-            f"x: the experts are packed for {fmt.data_dtype} activations, got {_describe(x)}; "
+            f"x: the experts are packed for {experts.inputs[0]} activations, got {_describe(x)}; "
             "convert x, or pack with another activation_format"
         )
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise FormatError(f"x: expected bf16, fp16 or fp32, got {_describe(x)}")
     if not x.is_contiguous():
         raise FormatError(
             f"x: expected contiguous rows, got strides {x.stride()}; call x.contiguous()"
         )
-    if routing.ids.shape[0] != x.shape[0]:
-        raise FormatError(
-            f"routing is for {routing.ids.shape[0]} tokens, x has {x.shape[0]}: {_describe(x)}"
-        )
-    packed_for = experts.device
-    for name, device in (("x", x.device), ("routing", routing.ids.device)):
-        if device != packed_for:
-            raise FormatError(f"{name} is on {device}, the experts are packed for {packed_for}")
+    if ids.shape[0] != shape[0]:
+        raise FormatError(f"routing is for {ids.shape[0]} tokens, x has {shape[0]}: {_describe(x)}")
+    if device != packed_for:
+        raise FormatError(f"x is on {device}, the experts are packed for {packed_for}")
+    if ids.device != packed_for:
+        raise FormatError(f"routing is on {ids.device}, the experts are packed for {packed_for}")
+    return kind
 
 
 def _is_watched(x: Tensor, weights: Tensor) -> bool:
     """Whether a compiler, a tracer or autograd must see one operator; all others are spared it."""
     return (
-        torch.compiler.is_compiling()
+        is_compiling()
         or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or (torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad))
+        or _len_torch_dispatch_stack() > 0
+        or _is_tracing()
+        or ((x.requires_grad or weights.requires_grad) and torch.is_grad_enabled())
     )
 
 
@@ -251,21 +263,21 @@ def _call_operator(
     return out
 
 
-def _check_out(out: Tensor, x: Tensor) -> None:
-    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+def _check_out(out: Tensor, x: Tensor, kind: _Kind) -> None:
+    if (out.shape, out.dtype, out.device) != kind:
         raise FormatError(f"out: expected {_describe(x)}, got {_describe(out)}")
     if not out.is_contiguous():
         raise FormatError(f"out: expected contiguous rows, got strides {out.stride()}")
 
 
-def _check_workspace(workspace: Tensor, experts: PackedExperts, routing: Routing) -> None:
+def _check_workspace(workspace: Tensor, device: torch.device, routing: Routing) -> None:
     if workspace.dtype != torch.uint8 or workspace.dim() != 1 or not workspace.is_contiguous():
         raise FormatError(
             f"workspace: expected contiguous torch.uint8 [bytes], got {_describe(workspace)}"
         )
-    if workspace.device != experts.device:
+    if workspace.device != device:
         raise FormatError(
-            f"workspace is on {workspace.device}, the experts are packed for {experts.device}"
+            f"workspace is on {workspace.device}, the experts are packed for {device}"
         )
     if not (routing.ids.is_contiguous() and routing.weights.is_contiguous()):
         raise FormatError(

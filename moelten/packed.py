@@ -19,13 +19,15 @@ from torch import Tensor
 
 from moelten.activations import Activation
 from moelten.errors import FormatError, LayoutError
-from moelten.formats import Format, Scheme, decode_format, encode_format
+from moelten.formats import Float, Format, Scheme, decode_format, encode_format
 from moelten.qtensor import QTensor, decode_scale
 from moelten.weights import ExpertSpec, ExpertWeights, shard_bounds
 
 MATRICES = ("w13", "w2")
 # The activation's parameters, only where they differ by expert: `Activation.table`.
 ACTIVATION_TABLE = "activation_table"
+# What activations may come in where a kernel quantizes them.
+_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Layout(Protocol):
@@ -52,6 +54,7 @@ class PackedExperts:
 
     tensors:   names such as "w13.data" to expert-major [E, ...] tensors
     signature: all but the tensors, as text: what the registered operator carries beside them
+    inputs:    the dtypes that x may have
     """
 
     spec: ExpertSpec
@@ -59,11 +62,15 @@ class PackedExperts:
     tensors: dict[str, Tensor]
     version: int
     signature: str = field(init=False, repr=False)
+    inputs: tuple[torch.dtype, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # Made now and not on demand: a compiled graph must find it as a constant.
+        # Made now and not on demand: a compiled graph must find them as constants.
         signature = "\n".join((self.layout.name, ",".join(self.tensors), encode_spec(self.spec)))
         object.__setattr__(self, "signature", signature)
+        fmt = self.spec.scheme.activations
+        inputs = (fmt.data_dtype,) if isinstance(fmt, Float) else _INPUTS
+        object.__setattr__(self, "inputs", inputs)
         for name, part in self.tensors.items():
             if part.shape[:1] != (self.spec.num_experts,):
                 raise LayoutError(
@@ -104,7 +111,8 @@ class PackedExperts:
 
     def require(self, layout: Layout) -> None:
         """Refuse a kernel whose layout is not the one these weights are in."""
-        if (self.layout.name, self.version) != (layout.name, layout.version):
+        known = self.layout is layout or self.layout.name == layout.name
+        if not known or self.version != layout.version:
             raise LayoutError(
                 f"these experts are packed as {self.layout.name} v{self.version}, the kernel reads "
                 f"{layout.name} v{layout.version}; pack them again with moelten.pack"

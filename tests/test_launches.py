@@ -56,7 +56,7 @@ class Driver:
         *shape, shared = struct.unpack_from("7I", raw)
         stream, attributes, count = struct.unpack_from("QQI", raw, 32)
         pairs = [struct.unpack_from("i4xi", ctypes.string_at(attributes, 72)) for _ in range(count)]
-        places, values = list(parameters), {}
+        places, values = list(parameters._obj), {}
         for (name, kind), at in zip(
             ((n, k) for n, k in SIGNATURE.items() if k != "constexpr"), places, strict=False
         ):
@@ -64,20 +64,28 @@ class Driver:
             (values[name],) = struct.unpack(code, ctypes.string_at(at, struct.calcsize(code)))
         assert extra is None and len(places) == len(values) + 2
         assert all(ctypes.string_at(at, 8) == bytes(8) for at in places[-2:])
-        self.launches.append((function.value, shape, shared, stream, pairs, values))
+        self.launches.append(
+            (ctypes.cast(function, ctypes.c_void_p).value, shape, shared, stream, pairs, values)
+        )
         return self.statuses.pop(0) if self.statuses else 0
 
 
 @pytest.fixture
 def driver(monkeypatch):
     found = Driver()
-    monkeypatch.setattr(launches, "_driver", lambda: (found, lambda device: 70 + device))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
+    stand_ins = found, lambda: 7, lambda device: 70 + device
+    monkeypatch.setattr(launches, "_driver", lambda: stand_ins)
     return found
 
 
 def recorder() -> Launches:
     return Launches(torch.device("cuda", 7))
+
+
+def run(calls, tensors, call):
+    """A call of a layer, as `ArenaBackend.run` makes it."""
+    if not calls.repeat(tensors):
+        calls.record(tensors, call)
 
 
 def memory():
@@ -95,12 +103,12 @@ def layer(kernels, tensors):
 def test_repeats_what_the_first_call_launched(driver):
     kernels = Kernel(11), Kernel(12, launch_pdl=False, num_warps=8)
     calls, first = recorder(), memory()
-    calls.run(first, lambda: layer(kernels, first))
+    run(calls, first, lambda: layer(kernels, first))
     assert [len(k.seen) for k in kernels] == [1, 1] and not driver.launches
     for tensors in (memory(), memory(), first):
         driver.launches.clear()
         for _ in range(2):
-            calls.run(tensors, pytest.fail)
+            run(calls, tensors, pytest.fail)
         a, b, out = (t.data_ptr() for t in tensors)
         wanted = [
             (11, [5, 1, 1, 128, 1, 1], 1024, 77, [(6, 1)],
@@ -115,8 +123,10 @@ def test_repeats_what_the_first_call_launched(driver):
 def test_follows_the_stream(driver, monkeypatch):
     kernels, calls, tensors = (Kernel(1), Kernel(2)), recorder(), memory()
     for stream in (77, 77, 5, 77):
-        monkeypatch.setattr(launches, "_driver", lambda s=stream: (driver, lambda device: s))
-        calls.run(tensors, lambda: layer(kernels, tensors))
+        monkeypatch.setattr(
+            launches, "_driver", lambda s=stream: (driver, lambda: 7, lambda device: s)
+        )
+        run(calls, tensors, lambda: layer(kernels, tensors))
     assert [entry[3] for entry in driver.launches] == [77, 77, 5, 5, 77, 77]
 
 
@@ -129,13 +139,13 @@ def test_goes_to_its_gpu(driver, monkeypatch):
         yield
         current.pop()
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "device", device)
-    calls.run(tensors, lambda: layer(kernels, tensors))
+    run(calls, tensors, lambda: layer(kernels, tensors))
     found = []
-    monkeypatch.setattr(launches, "_driver", lambda: (lambda *_: found.append(current[-1]), int))
+    stand_ins = (lambda *_: found.append(current[-1])), (lambda: current[-1]), int
+    monkeypatch.setattr(launches, "_driver", lambda: stand_ins)
     current[0] = 6
-    calls.run(tensors, pytest.fail)
+    run(calls, tensors, pytest.fail)
     assert found == [7, 7] and current == [6]
 
 
@@ -144,7 +154,7 @@ def test_what_cannot_be_recorded_is_called_every_time(driver):
     aliased = [tensors[0], tensors[1], tensors[0]]
     odd = [tensors[0][1:], *tensors[1:]]
     ready = recorder()
-    ready.run(tensors, lambda: layer((Kernel(1), Kernel(2)), tensors))
+    run(ready, tensors, lambda: layer((Kernel(1), Kernel(2)), tensors))
     for calls, where, special in (
         (Launches(None), tensors, {}),
         (recorder(), aliased, {}),
@@ -155,14 +165,14 @@ def test_what_cannot_be_recorded_is_called_every_time(driver):
     ):
         kernels = Kernel(1), Kernel(2, **special)
         for _ in range(2):
-            calls.run(where, lambda k=kernels, t=where: layer(k, t))
+            run(calls, where, lambda k=kernels, t=where: layer(k, t))
         assert [len(k.seen) for k in kernels] == [2, 2] and not driver.launches
 
 
 def test_foreign_memory_is_an_error(driver):
     tensors = memory()
     with pytest.raises(AssertionError, match="not the call's"):
-        recorder().run(tensors[:2], lambda: layer((Kernel(1), Kernel(2)), tensors))
+        run(recorder(), tensors[:2], lambda: layer((Kernel(1), Kernel(2)), tensors))
     assert launches._RECORD.get() is None
 
 
@@ -172,24 +182,24 @@ def test_errors_and_new_threads(driver):
     def call():
         layer(kernels, tensors)
 
-    calls.run(tensors, call)
+    run(calls, tensors, call)
     driver.statuses = [201]  # this thread has no context yet: Triton, called again, makes one
-    calls.run(tensors, call)
+    run(calls, tensors, call)
     assert [len(k.seen) for k in kernels] == [2, 2]
     for statuses in ([700], [0, 201]):
         driver.statuses = statuses
         with pytest.raises(RuntimeError, match=f"{statuses[-1]} at the launch of kernel"):
-            calls.run(tensors, call)
+            run(calls, tensors, call)
 
 
 def test_threads_do_not_mix_addresses(driver):
     kernels, calls, first = (Kernel(1), Kernel(2)), recorder(), memory()
-    calls.run(first, lambda: layer(kernels, first))
+    run(calls, first, lambda: layer(kernels, first))
     own = [memory() for _ in range(4)]
 
     def work(tensors):
         for _ in range(200):
-            calls.run(tensors, pytest.fail)
+            run(calls, tensors, pytest.fail)
 
     threads = [threading.Thread(target=work, args=(tensors,)) for tensors in own]
     for thread in threads:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from moelten.kernels.triton_ops import Rows, TilePlan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HopperBackend(ArenaBackend):
     """One type of operands, "bf16" or "fp16": that of the activations."""
 

@@ -15,8 +15,9 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, reduce
 from itertools import pairwise
+from operator import or_
 from typing import Any
 
 import torch
@@ -86,8 +87,9 @@ class _Launch:
                 self.numbers.append(_NUMBERS[kind](values[name]))
                 places.append(ctypes.addressof(self.numbers[-1]))
         places += [slots[0]] * _SCRATCH
-        parameters = (ctypes.c_void_p * len(places))(*places)
-        function = ctypes.c_void_p(compiled.function)
+        # As ctypes passes them on: it would convert other objects at every call.
+        parameters = ctypes.byref((ctypes.c_void_p * len(places))(*places))
+        function = ctypes.c_void_p.from_param(compiled.function)
         self.arguments = ctypes.byref(self.config), function, parameters, None
 
 
@@ -116,39 +118,35 @@ class Launches:
     def __init__(self, device: torch.device | None) -> None:
         self._device = None if device is None else device.index
         self._launches: list[_Launch] = []
-        self._places: list[tuple[int, int]] = []
+        # Where each tensor of the memory starts, the places inside them, and a null pointer.
         self._addresses: Any = None
+        self._inner: list[tuple[int, int]] = []
         self._filled: list[int] = []
         self._stream: int | None = None
         self._lock = threading.Lock()
 
-    def run(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
-        """Launch what `call` launches, on the current stream of the GPU.
+    def repeat(self, memory: Sequence[Tensor]) -> bool:
+        """Launch on this memory what was recorded, on the current stream of the GPU.
 
         memory: every tensor that the launches read or write, contiguous, of the same sizes and
                 types every time
-        call:   launches on this memory; it is called until what it does is recorded
-        """
-        addresses = [tensor.data_ptr() for tensor in memory]
-        if self._launches and self._repeat(addresses):
-            return
-        if self._device is not None and _are_distinct(memory):
-            self._record(memory, call)
-        else:
-            call()
 
-    def _repeat(self, addresses: list[int]) -> bool:
-        """Launch on these addresses; False where that takes another call of Triton's."""
-        if torch.cuda.current_device() != self._device:
+        Returns False, with nothing launched, where that takes a call of Triton's: see `record`.
+        """
+        if not self._launches:
+            return False
+        run, current_device, current_stream = _driver()
+        if current_device() != self._device:
             with torch.cuda.device(self._device):
-                return self._repeat(addresses)
-        run, current_stream = _driver()
+                return self.repeat(memory)
+        addresses = [tensor.data_ptr() for tensor in memory]
         stream = current_stream(self._device)
         with self._lock:
             if addresses != self._filled:
                 if not _are_aligned(addresses):
                     return False
-                self._addresses[:-1] = [addresses[tensor] + at for tensor, at in self._places]
+                inner = [addresses[tensor] + at for tensor, at in self._inner]
+                self._addresses[:-1] = addresses + inner
                 self._filled = addresses
             if stream != self._stream:
                 for entry in self._launches:
@@ -162,7 +160,11 @@ class Launches:
                     raise RuntimeError(f"CUDA error {status} at the launch of {name}")
         return True
 
-    def _record(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
+    def record(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
+        """Launch what `call` launches on this memory, and keep it where it may be repeated."""
+        if self._device is None or not _are_distinct(memory):
+            call()
+            return
         token = _RECORD.set([])
         try:
             call()
@@ -179,13 +181,17 @@ class Launches:
             if kind[0] == "*"
         )
         pointers.pop(0, None)  # of a tensor without elements
-        places = [_find(pointer, memory) for pointer in pointers]
+        found = {pointer: _find(pointer, memory) for pointer in pointers}
+        starts = [(index, 0) for index in range(len(memory))]
+        places = list(dict.fromkeys((*starts, *found.values())))
         addresses = (ctypes.c_uint64 * (len(places) + 1))()
-        slots = {p: ctypes.addressof(addresses) + 8 * i for i, p in enumerate((*pointers, 0))}
+        first = ctypes.addressof(addresses)
+        slots = {pointer: first + 8 * places.index(place) for pointer, place in found.items()}
+        slots[0] = first + 8 * len(places)
         launches = [_Launch(compiled, grid, values, slots) for compiled, grid, values in record]
         with self._lock:
             self._filled, self._stream = [], None
-            self._addresses, self._places = addresses, places
+            self._addresses, self._inner = addresses, places[len(memory) :]
             self._launches = launches
 
 
@@ -199,7 +205,7 @@ def _find(pointer: int, memory: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _are_aligned(addresses: list[int]) -> bool:
-    return not any(address % _ALIGNMENT for address in addresses)
+    return not reduce(or_, addresses, 0) % _ALIGNMENT
 
 
 def _are_distinct(memory: Sequence[Tensor]) -> bool:
@@ -210,9 +216,11 @@ def _are_distinct(memory: Sequence[Tensor]) -> bool:
 
 
 @cache
-def _driver() -> tuple[Any, Any]:
-    """The driver's launch, and Triton's way to ask for a GPU's current stream."""
+def _driver() -> tuple[Any, Any, Any]:
+    """The driver's launch, and ways to ask for the current GPU and for a GPU's current stream."""
     from triton.runtime import driver
 
     active: Any = driver.active
-    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx, active.get_current_stream
+    launch_kernel = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    # NOTE: not torch.cuda.current_device, which first makes sure that CUDA is initialised: it is.
+    return launch_kernel, torch._C._cuda_getDevice, active.get_current_stream
