@@ -105,8 +105,8 @@ class Launches(list):
     ],
 )
 def test_launches_inside_the_workspace(monkeypatch, which, tokens, count, on_input):
-    """Four launches for few tokens, five or (with a plan in two) six for many, one more where hidden
-    rows become fp16, and where rows differ by pair; and memory that is the workspace's own."""
+    """Four launches for few tokens, five or (with a plan in two) six for many, one more where
+    hidden rows become fp16, and where rows differ by pair; in memory that is the workspace's."""
     pytest.importorskip("triton")
     from moelten.kernels import hopper_gemm, hopper_plan, triton_ops
 

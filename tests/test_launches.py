@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime._async_compile import active_mode
 
 import moelten
 from moelten.kernels import launches
@@ -27,7 +28,7 @@ class Kernel:
     """Stands in for Triton: notes each launch, and returns what it would have compiled."""
 
     def __init__(self, function: int, **facts) -> None:
-        self.arg_names, self.seen = list(SIGNATURE), []
+        self.arg_names, self.seen, self.warm = list(SIGNATURE), [], []
         usual = {"num_warps": 4, "shared": 1024, "launch_pdl": True, "num_ctas": 1}
         scratch = {"global_scratch_size": 0, "profile_scratch_size": 0}
         metadata = SimpleNamespace(**(usual | scratch | facts), launch_cooperative_grid=False)
@@ -42,6 +43,10 @@ class Kernel:
             return self.compiled
 
         return run
+
+    def warmup(self, *arguments, grid, **named):
+        assert active_mode.get() is not None, "compiled one after the other"
+        self.warm.append((grid, arguments, named))
 
 
 class Driver:
@@ -118,6 +123,27 @@ def test_repeats_what_the_first_call_launched(driver):
              {"a_ptr": out, "n": 3, "b_ptr": b + 16, "scale": 2.0, "big": -7, "out_ptr": a}),
         ]  # fmt: skip
         assert driver.launches == wanted * 2
+
+
+def test_compiles_all_kernels_before_it_launches_one():
+    """Once for all calls of a kind; what is compiled is what is launched."""
+    kernels, calls = (Kernel(1), Kernel(2)), recorder()
+    seen = [[list(kernel.seen) for kernel in kernels]]
+
+    def call(tensors):
+        seen.append([list(kernel.seen) for kernel in kernels])
+        layer(kernels, tensors)
+
+    for _ in range(2):
+        tensors = memory()
+        calls.record(tensors, lambda t=tensors: call(t))
+    assert len(seen) == 4 and seen[1] == seen[2] == [[], []]
+    for kernel in kernels:
+        (warm,) = kernel.warm
+        pairs = zip(warm[1], kernel.seen[0][1], strict=True)
+        assert warm[0] == kernel.seen[0][0] and warm[2] == kernel.seen[0][2]
+        assert all(a is b or a == b for a, b in pairs)
+    assert active_mode.get() is None
 
 
 def test_follows_the_stream(driver, monkeypatch):

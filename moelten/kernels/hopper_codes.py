@@ -472,7 +472,7 @@ def storage(fmt: Format, operand: str) -> Storage:
     if isinstance(fmt, Int4) and (operand, fmt.zero_point) in _INT4 and group in _INT4_GROUPS:
         zeros = _ZEROS[operand] if fmt.zero_point else None
         folded = None
-        if operand in _ZEROS and group and not fmt.zero_point and fmt.scale == "bfloat16":
+        if operand in _ZEROS and group == 32 and not fmt.zero_point and fmt.scale == "bfloat16":
             folded = Storage(INT4_FP16_SCALED, "fold", group, BF16_PAIR)
         code = _INT4[operand, fmt.zero_point]
         return Storage(code, where, group or 0, zeros=zeros, folded=folded)

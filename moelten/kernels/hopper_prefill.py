@@ -29,9 +29,8 @@ from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_fragments import halves, zero_words
 from moelten.kernels.hopper_ring import TILES, piece_of_work, produce, take_scale, take_stage
 
-# Registers of a thread of each warpgroup but the first, and of the producer.
-_REGISTERS_OF_TWO = gl.constexpr([232, 40])
-_REGISTERS_OF_FOUR = gl.constexpr([112, 112, 112, 24])
+# Registers of a thread of the second warpgroup, and of the producer.
+_REGISTERS = gl.constexpr([232, 40])
 
 
 @gluon.constexpr_function
@@ -121,7 +120,24 @@ def _rescale(acc, unit, scale):
 
 
 @gluon.jit
-def _sums_of_two(
+def _end_block(turn):
+    """The same number. It is never negative, which the compiler does not know: so a basic block
+    ends here, and what was decoded before does not sink below the wait that follows."""
+    return gl.inline_asm_elementwise(
+        """{.reg .pred p;
+        again_${:uid}: setp.ge.s32 p, $1, 0; @p bra done_${:uid};
+        nanosleep.u32 20; bra again_${:uid};
+        done_${:uid}: mov.b32 $0, $1;}""",
+        "=r,r",
+        [turn],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _sums(
     words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
@@ -154,6 +170,7 @@ def _sums_of_two(
                 acc1, unit1 = _rescale(acc1, unit1, scale)
             if g == 0:
                 a1 = take_stage(words, scales, zeros, zero1, slot, TILE + 1, chunk, P)
+                turn = _end_block(turn)
             acc0 = _wait(acc0)
             acc1 = _multiply(acc1, a1, x, slot, g, PIECES, P)
             if g < GROUPS - 1:
@@ -167,48 +184,11 @@ def _sums_of_two(
                     # After the last stage a slot holds anything.
                     acc0, unit0 = _rescale(acc0, unit0, gl.where(more, scale, unit0))
                 a0 = take_stage(words, scales, zeros, zero0, next_slot, TILE, chunk + P.stage, P)
-                # Complete already: the end of a basic block, lest decoding sink below the wait.
-                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
+                turn = _end_block(turn)
             acc1 = _wait(acc1)
         mbarrier.arrive(empty.index(slot))
         turn += 1
     return _final(acc0, unit0, P) + _final(acc1, unit1, P), turn
-
-
-@gluon.jit
-def _sums_of_one(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
-    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
-    """Sums [64, tokens] of a warpgroup's row tile: its next stage is decoded in the meantime."""
-    GROUPS: gl.constexpr = P.groups
-    matrix, zero = _row_tile(zero_ptr, expert, row_tile, P)
-    acc = _zeros(PIECES)
-    slot = turn % P.slots
-    start = turn * 0
-    mbarrier.wait(full.index(slot), turn // P.slots & 1)
-    unit = _first_unit(scales, scale_ptr, matrix, slot, group, start, P)
-    a = take_stage(words, scales, zeros, zero, slot, group, start, P)
-    for step in range(steps):
-        slot = turn % P.slots
-        chunk = step * P.stage
-        next_slot = (turn + 1) % P.slots
-        next_phase = (turn + 1) // P.slots & 1
-        more = step + 1 < steps
-        for g in gl.static_range(GROUPS):
-            if P.scaled:
-                scale = take_scale(scales, scale_ptr, matrix, slot, group, chunk, g, P)
-                acc, unit = _rescale(acc, unit, scale)
-            acc = _multiply(acc, a, x, slot, g, PIECES, P)
-            if g == GROUPS - 1:
-                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
-                a = take_stage(words, scales, zeros, zero, next_slot, group, chunk + P.stage, P)
-                # As above.
-                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
-            acc = _wait(acc)
-        mbarrier.arrive(empty.index(slot))
-        turn += 1
-    return _final(acc, unit, P), turn
 
 
 @gluon.jit
@@ -283,16 +263,10 @@ def _work(
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work."""
-    if P.tiles == 2:
-        acc, turn = _sums_of_two(
-            words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-            steps, group, PIECES, P,
-        )  # fmt: skip
-    else:
-        acc, turn = _sums_of_one(
-            words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-            steps, group, PIECES, P,
-        )  # fmt: skip
+    acc, turn = _sums(
+        words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+        group, PIECES, P,
+    )  # fmt: skip
     # Opaque, lest the addresses that follow from it are computed, and held, before the sums.
     first = gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1
@@ -300,7 +274,7 @@ def _work(
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     COUNT: gl.constexpr = len(PIECES)
-    for i in gl.static_range(P.tiles * COUNT):
+    for i in gl.static_range(2 * COUNT):
         tile = row_tile + i // COUNT
         at = first + _start(PIECES, i % COUNT)
         sums = acc[i].reshape([4, 2, 8, _size(PIECES, i % COUNT)])
@@ -325,7 +299,7 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
         expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
         expert = expert.to(gl.int64)
-        row_tile += P.tiles * group
+        row_tile += 2 * group
         quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
@@ -366,7 +340,7 @@ def prefill_kernel(
     SLOTS: gl.constexpr = P.slots
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=P.consumers)
+        mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     consumer = (
         words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
@@ -377,19 +351,8 @@ def prefill_kernel(
         w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
         max_tiles, steps,
     )  # fmt: skip
-    if P.consumers == 2:
-        gl.warp_specialize(
-            [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
-            [4, 1],
-            _REGISTERS_OF_TWO,
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)),
-                (_consume, (consumer, 2, P)), (_consume, (consumer, 3, P)),
-                (produce, (producer, P)),
-            ],
-            [4, 4, 4, 1],
-            _REGISTERS_OF_FOUR,
-        )  # fmt: skip
+    gl.warp_specialize(
+        [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
+        [4, 1],
+        _REGISTERS,
+    )

@@ -2,9 +2,9 @@
 
 A ring of slots, each with a stage: a chunk or two of 64 columns of four row tiles, their row
 parameters of the whole super-block, and the activations of up to a tile's tokens. One warp fills
-it with bulk copies; each warpgroup takes its row tiles from there, as operands of the matrix
+it with bulk copies; each warpgroup takes its two row tiles from there, as operands of the matrix
 instruction, and the scales that multiply sums. A slot is full when all its bytes have come, and
-empty when all warpgroups say so.
+empty when both warpgroups say so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moelten.kernels.hopper_fragments import (
 
 # Its name in later Tritons, and in 3.6.
 _bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-TILES = gl.constexpr(4)  # row tiles of a piece of work
+TILES = gl.constexpr(4)  # row tiles of a piece of work, two for each warpgroup
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Problem:
     ordered:       whether columns of the result stand in the order of operands, for the next GEMM
     block:         most tokens of a tile
     slots, stage:  slots of the ring, chunks of each
-    consumers:     warpgroups that multiply, 2 or 4
     """
 
     rows: int
@@ -54,12 +53,6 @@ class Problem:
     block: int
     slots: int
     stage: int
-    consumers: int
-
-    @property
-    def tiles(self) -> int:
-        """Row tiles of each warpgroup."""
-        return 4 // self.consumers
 
     @property
     def row_tiles(self) -> int:

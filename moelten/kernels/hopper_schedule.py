@@ -34,13 +34,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class WideVariant:
-    """block: most tokens of a tile; slots of so many chunks (stage) in shared memory; consumers:
-    warpgroups that multiply."""
+    """block: most tokens of a tile; slots of so many chunks (stage) in shared memory."""
 
     block: int
     slots: int
     stage: int
-    consumers: int = 2
 
 
 def block_of(pairs: int, num_experts: int) -> int:

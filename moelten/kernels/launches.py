@@ -5,6 +5,8 @@ host longer than a small layer takes the GPU. But what a call launches follows f
 types: only addresses change. So kernels are launched through `launch`, and while `Launches` records
 it keeps what the driver was told, each address as a place in one of the tensors of the call.
 
+The first time of all, `Launches` has the kernels compiled side by side before any is launched.
+
 Recorded on NVIDIA GPUs alone, and without clusters, scratch memory or tensor maps from the host;
 Triton's launch hooks see the first call and not its repetitions.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import cache, reduce
 from itertools import pairwise
@@ -39,6 +42,9 @@ _NUMBERS: dict[str, Any] = {
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
     """`kernel[grid](*arguments, **named)`, which may be recorded."""
+    if _COMPILING.get():
+        kernel.warmup(*arguments, grid=grid, **named)
+        return
     compiled = kernel[grid](*arguments, **named)
     if (record := _RECORD.get()) is not None:
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
@@ -46,6 +52,19 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
 
 
 _RECORD: ContextVar[list[Any] | None] = ContextVar("record", default=None)
+_COMPILING: ContextVar[bool] = ContextVar("compiling", default=False)
+
+
+def _compile(call: Callable[[], None]) -> None:
+    """Compile whatever `call` launches and was never compiled, all at once: each takes seconds."""
+    from triton import AsyncCompileMode
+
+    token = _COMPILING.set(True)
+    try:
+        with ThreadPoolExecutor() as workers, AsyncCompileMode(workers):
+            call()
+    finally:
+        _COMPILING.reset(token)
 
 
 class _Attribute(ctypes.Structure):
@@ -117,6 +136,7 @@ class Launches:
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = None if device is None else device.index
+        self._compiled = False
         self._launches: list[_Launch] = []
         # Where each tensor of the memory starts, the places inside them, and a null pointer.
         self._addresses: Any = None
@@ -162,6 +182,9 @@ class Launches:
 
     def record(self, memory: Sequence[Tensor], call: Callable[[], None]) -> None:
         """Launch what `call` launches on this memory, and keep it where it may be repeated."""
+        if self._device is not None and not self._compiled:
+            _compile(call)
+            self._compiled = True
         if self._device is None or not _are_distinct(memory):
             call()
             return
