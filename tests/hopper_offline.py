@@ -26,7 +26,7 @@ _OPERATION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_]+)")
 
 def scale_name(fmt: Format, stored: Storage) -> str:
     """The scales' type as a kernel for `stored` is told; "" where none are beside the codes."""
-    if stored.pairs:
+    if stored.by_chunk:
         return "int32"
     return type_name(fmt.scale_dtype) if stored.scale in ("fold", "group", "block") else ""
 
@@ -35,7 +35,7 @@ def shared_types(stored: Storage, operand: str, halves: int) -> Types:
     """Of the parameters that both GEMM kernels have: tiles, epilogue, output."""
     last = halves == 1
     return {
-        "row_scale_ptr": "*fp32" if stored.scale in ("row", "fold") else None,
+        "row_scale_ptr": "*fp32" if stored.scale in ("row", "fold") or stored.folded else None,
         "bias_ptr": "*fp32" if last else None,
         "table_ptr": None,
         "post_ptr": None,

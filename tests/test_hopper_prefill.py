@@ -35,6 +35,7 @@ CASES: dict[str, tuple[Format, str]] = {
     "int4": (Int4(), "bf16"),
     "int4g128z": (Int4(128, zero_point=True), "bf16"),
     "int4g32": (Int4(32), "bf16"),
+    "int4g32z": (Int4(32, zero_point=True), "bf16"),
     "fp8block": (FP8((128, 128)), "bf16"),
     "int8": (Int8(), "bf16"),
     "bf16": (Float("bfloat16"), "bf16"),
@@ -46,7 +47,8 @@ SCARCE = ("nvfp4", "int4g128z", "int4g32")
 
 def compiled(fmt: Format, operand: str, halves: int):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half) as `prefill_gemm` calls it."""
-    stored = storage(fmt, operand)
+    given = storage(fmt, operand)
+    stored, kind = (given.folded, "fp16") if given.folded else (given, operand)
     scale = scale_name(fmt, stored)
     variant = wide_variant(stored, scale)
     chunk, scales, zeros = box_rows(stored, scale)
@@ -58,13 +60,14 @@ def compiled(fmt: Format, operand: str, halves: int):
         "w_desc": f"tensordesc<i32[{variant.stage * chunk},32],{_WORDS!r}>",
         "s_desc": boxes(scales),
         "z_desc": boxes(zeros),
-        "x_desc": f"tensordesc<{operand}[{variant.block // 4},64],{_TOKENS!r}>",
+        "x_desc": f"tensordesc<{kind}[{variant.block // 4},64],{_TOKENS!r}>",
+        "x_scale_ptr": None if kind == operand else "*fp32",
         "scale_ptr": "*u32" if stored.scale == "block" else None,
         "zero_ptr": "*u32" if stored.zeros and not stored.group else None,
         "steps": "i32",
     }
     activation = "swiglu" if halves == 2 else "none"
-    sizes = (2048, 4096, halves, stored, scale, OPERANDS[operand], activation, False, halves == 2)
+    sizes = (2048, 4096, halves, stored, scale, OPERANDS[kind], activation, False, halves == 2)
     problem = Problem(*sizes, variant.block, variant.slots, variant.stage)
     return compile_kernel(prefill_kernel, types, {"P": problem}, num_warps=4)
 
@@ -109,4 +112,4 @@ def test_slots_fit(name):
     """Three stages at least, lest copies and products wait for each other."""
     fmt, operand = CASES[name]
     stored = storage(fmt, operand)
-    assert wide_variant(stored, type_name(fmt.scale_dtype)).slots >= 3
+    assert wide_variant(stored.folded or stored, type_name(fmt.scale_dtype)).slots >= 3
