@@ -1,8 +1,9 @@
 """What a call costs the host: `python benchmarks/host.py`. Needs a Hopper GPU and an idle host.
 
-In benchmarks/results/h200-host.json: the first call of a layer, and then of another shape, in a
-process with an empty compilation cache and in one that finds their kernels there; and the time in
-which `fused_moe` returns, launches included. `readme.py` makes a sentence of them.
+In benchmarks/results/h200-host.json: the first call of a layer, then of another shape, and of that
+with many tokens (other kernels), in a process with an empty compilation cache and in one that finds
+their kernels there; and the time in which `fused_moe` returns, launches included. `readme.py` makes
+a sentence of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SHAPES = {"tiny": (8, 256, 128, 2), "first": (16, 2048, 768, 4), "second": (16, 
 _CALLS, _ROUNDS = 100, 50
 
 
-def make(name: str, seed: int = 0) -> tuple[Any, Any, Any]:
+def make(name: str, seed: int = 0, tokens: int = 4) -> tuple[Any, Any, Any]:
     """Random packed experts, x and routing on the GPU."""
     import torch
 
@@ -38,18 +39,18 @@ def make(name: str, seed: int = 0) -> tuple[Any, Any, Any]:
     spec = shape.spec(which)
     made = derive_experts(random_expert(spec, generator), experts)
     packed = pack_stream(spec, made, device="cuda")
-    draw = make_draw(which, shape, 4, "uniform", generator)
+    draw = make_draw(which, shape, tokens, "uniform", generator)
     torch.cuda.synchronize()
     return packed, draw.x, draw.routing
 
 
-def first_call(name: str) -> float:
-    """Seconds until a layer's first output is there."""
+def first_call(name: str, tokens: int = 4) -> float:
+    """Seconds until a layer's first output for so many tokens is there."""
     import torch
 
     from moelten import fused_moe
 
-    experts, x, routing = make(name)
+    experts, x, routing = make(name, tokens=tokens)
     start = time.perf_counter()
     fused_moe(x, experts, routing)
     torch.cuda.synchronize()
@@ -102,7 +103,9 @@ def in_child(what: str, cache: str) -> Any:
 
 
 def child(what: str) -> Any:
-    return call_times() if what == "calls" else [first_call("first"), first_call("second")]
+    if what == "calls":
+        return call_times()
+    return [first_call("first"), first_call("second"), first_call("second", 2048)]
 
 
 def main() -> int:
@@ -129,8 +132,10 @@ def main() -> int:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "cold_first_call_s": round(cold[0], 2),
         "cold_new_shape_s": round(cold[1], 2),
+        "cold_many_tokens_s": round(cold[2], 2),
         "warm_first_call_ms": round(warm[0] * 1e3, 1),
         "warm_new_shape_ms": round(warm[1] * 1e3, 1),
+        "warm_many_tokens_ms": round(warm[2] * 1e3, 1),
         **calls,
     }
     options.output.write_text(json.dumps(record, indent=1) + "\n")

@@ -89,7 +89,12 @@ def test_ragged_sizes_and_the_host_become_sentences(generator, tmp_path):
     ragged = [point | {"percent_of_floor": 5}, point | {"us": 9.0}, point | {"us": 10.0}]
     (tmp_path / "h200-hopper-ragged.json").write_text(json.dumps(ragged))
     host = dict.fromkeys(("call_us", "call_us_workspace", "call_us_other_layers"), 14.2)
-    host |= {"cold_first_call_s": 5.25, "warm_new_shape_ms": 30.5, "commit": "0123456789"}
+    host |= {
+        "cold_first_call_s": 5.25,
+        "cold_many_tokens_s": 7.0,
+        "warm_new_shape_ms": 30.5,
+        "commit": "0123456789",
+    }
     (tmp_path / "h200-host.json").write_text(json.dumps(host))
     section = generator.speed_section(tmp_path)
     assert "1 layers" in section and "1.00 times (median) to 1.20 times (worst)" in section
