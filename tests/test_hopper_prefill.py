@@ -99,7 +99,12 @@ def test_machine_code(name, halves):
 
 def test_which_kernel_runs():
     """Few tokens per expert take one, many the other; once many, always many."""
-    for fmt, enough in ((MXFP4(), 20), (Int4(32), 40), (Float("bfloat16"), 12)):
+    for fmt, enough in (
+        (MXFP4(), 16),
+        (Int4(32), 16),
+        (Int4(32, zero_point=True), 40),
+        (Float("bfloat16"), 11),
+    ):
         stored = storage(fmt, "bf16")
         for experts in (1, 8, 256):
             assert choose_wide(stored, "bfloat16", enough * experts, experts) is None

@@ -71,13 +71,13 @@ def choose_wide(
     """How many tokens per expert are multiplied; None where there are few.
 
     Few tokens cost a pass over the weights for every 16 of an expert, many cost one and a half for
-    up to 64. Measured on H200, they break even at 12 to 40 pairs per expert: the sooner the more a
+    up to 64. Measured on H200, they break even at 11 to 40 pairs per expert: the sooner the more a
     pass reads, the later the more each product of the other kernel costs beside.
     """
     if stored.code.bits == 16:
-        enough = 12
+        enough = 11
     else:
-        enough = 40 if stored.scale == "group" and stored.group == 32 else 20
+        enough = 40 if stored.scale == "group" and stored.group == 32 and not stored.folded else 16
     if pairs <= enough * num_experts:
         return None
     return wide_variant(stored.folded or stored, scale_type)
