@@ -39,9 +39,9 @@ _SHARE = 16
 
 
 def suites() -> list[Path]:
-    """Test files of Triton kernels, and that of the public stages, which run on any device."""
+    """Test files of Triton kernels, and those of stages, which run on any device."""
     found = {p.name for p in TESTS.glob("test_triton*.py")} - ELSEWHERE
-    return [TESTS / name for name in sorted(found | {"test_stages.py"})]
+    return [TESTS / name for name in sorted(found | {"test_stages.py", "test_hopper_plan.py"})]
 
 
 def commit() -> str:
