@@ -27,7 +27,13 @@ from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_gemm import _PLAIN, _TOKENS, _WORDS
 from moelten.kernels.hopper_prefill import prefill_kernel
 from moelten.kernels.hopper_ring import Problem
-from moelten.kernels.hopper_schedule import box_rows, choose_wide, type_name, wide_variant
+from moelten.kernels.hopper_schedule import (
+    box_rows,
+    choose_wide,
+    narrow_variant,
+    type_name,
+    wide_variant,
+)
 
 CASES: dict[str, tuple[Format, str]] = {
     "mxfp4": (MXFP4(), "bf16"),
@@ -45,12 +51,12 @@ CASES: dict[str, tuple[Format, str]] = {
 SCARCE = ("nvfp4", "int4g128z", "int4g32")
 
 
-def compiled(fmt: Format, operand: str, halves: int):
+def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half) as `prefill_gemm` calls it."""
     given = storage(fmt, operand)
     stored, kind = (given.folded, "fp16") if given.folded else (given, operand)
     scale = scale_name(fmt, stored)
-    variant = wide_variant(stored, scale)
+    variant = choose(stored, scale)
     chunk, scales, zeros = box_rows(stored, scale)
 
     def boxes(rows: int) -> str | None:
@@ -74,10 +80,15 @@ def compiled(fmt: Format, operand: str, halves: int):
 
 # GEMM1 of every kind of codes; GEMM2, which differs in its epilogue, where registers are scarcest.
 @pytest.mark.parametrize(
-    "name, halves", [*((name, 2) for name in CASES), *((name, 1) for name in SCARCE)]
+    "name, halves, choose",
+    [
+        *((name, 2, wide_variant) for name in CASES),
+        *((name, 1, wide_variant) for name in SCARCE),
+        *((name, 2, narrow_variant) for name in ("mxfp4", "nvfp4", "int4g32")),
+    ],
 )
-def test_machine_code(name, halves):
-    kernel = compiled(*CASES[name], halves)
+def test_machine_code(name, halves, choose):
+    kernel = compiled(*CASES[name], halves, choose)
     assert kernel.metadata.shared <= 227 << 10
     assert "setmaxnreg" in kernel.asm["ptx"]
     listing = listing_of(kernel.asm["cubin"])
@@ -100,16 +111,29 @@ def test_machine_code(name, halves):
 def test_which_kernel_runs():
     """Few tokens per expert take one, many the other; once many, always many."""
     for fmt, enough in (
-        (MXFP4(), 16),
-        (Int4(32), 16),
+        (MXFP4(), 12),
+        (Int4(32), 12),
+        (Int4(128), 16),
         (Int4(32, zero_point=True), 40),
         (Float("bfloat16"), 11),
     ):
         stored = storage(fmt, "bf16")
         for experts in (1, 8, 256):
-            assert choose_wide(stored, "bfloat16", enough * experts, experts) is None
+            sizes = (experts, (4096, 768))
+            assert choose_wide(stored, "bfloat16", enough * experts, *sizes) is None
             for pairs in (enough * experts + 1, 10**6):
-                assert choose_wide(stored, "bfloat16", pairs, experts) is not None
+                assert choose_wide(stored, "bfloat16", pairs, *sizes) is not None
+
+
+def test_narrow_tiles_are_between():
+    """Where there are not many tokens more, and columns are whole stages, or nearly."""
+    stored = storage(MXFP4(), "bf16")
+    for pairs, columns, block in (
+        (24 * 64, (4096, 2048), 64),
+        (49 * 64, (4096, 2048), 128),
+        (24 * 64, (4096, 2880), 128),
+    ):
+        assert choose_wide(stored, "uint8", pairs, 64, columns).block == block
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -24,7 +24,7 @@ import moelten
 from moelten import SwiGLU, reference
 from moelten.formats import BF16, FP8, Int4, Scheme, scheme
 from moelten.kernels import arena, hopper
-from moelten.kernels.hopper_schedule import wide_variant
+from moelten.kernels.hopper_schedule import narrow_variant, wide_variant
 from moelten.routing import Routing
 
 pytestmark = pytest.mark.gpu
@@ -32,12 +32,11 @@ pytestmark = pytest.mark.gpu
 TOKENS = (1, 3, 40, 100, 190, 300, 420, 900)
 
 
-@pytest.fixture
-def always_wide(monkeypatch):
-    """Few tokens per expert take the kernel for many, too."""
+def only(monkeypatch, variant):
+    """All numbers of tokens take one variant of the kernel for many."""
     prepared = (arena._prepare, arena._measure)
     monkeypatch.setattr(
-        hopper, "choose_wide", lambda stored, scale_type, *sizes: wide_variant(stored, scale_type)
+        hopper, "choose_wide", lambda stored, *sizes: variant(stored.folded or stored, sizes[0])
     )
     for function in prepared:
         function.cache_clear()
@@ -46,9 +45,32 @@ def always_wide(monkeypatch):
         function.cache_clear()
 
 
+@pytest.fixture
+def always_wide(monkeypatch):
+    yield from only(monkeypatch, wide_variant)
+
+
+@pytest.fixture
+def always_narrow(monkeypatch):
+    yield from only(monkeypatch, narrow_variant)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme(always_wide, name):
     check_scheme(SCHEMES[name], TOKENS)
+
+
+NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4z_bf16", "int4g32_fp16"]
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_tiles(always_narrow, name):
+    """Every quarter of 64 tokens, several tiles; columns that end within a stage, or with it."""
+    check_scheme(scheme(name), (1, 20, 50, 90, 130, 190, 420))
+    for hidden, inter in ((320, 192), (512, 256), (2880, 288)):
+        case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
+        for tokens in (9, 60):
+            check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 
 @pytest.mark.parametrize("hidden, inter", [(2880, 80), (1856, 192), (72, 232), (704, 1856)])

@@ -91,7 +91,7 @@ class HopperBackend(ArenaBackend):
         pairs, experts = tokens * top_k, spec.num_experts
         weights = spec.scheme.weights
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
-        variant = choose_wide(stored, scale_type, pairs, experts)
+        variant = choose_wide(stored, scale_type, pairs, experts, (hidden_size, inter))
         block = variant.block if variant else block_of(pairs, experts)
         inputs = wide = None
         if on_input or "w13_pre_scale" in spec.extras:

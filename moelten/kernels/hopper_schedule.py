@@ -20,7 +20,6 @@ _MAX_SPLITS = 8
 _BLOCKS = (8, 16)
 # Of 227 KiB a program can have; the epilogue takes two times 8 KiB.
 _SHARED_BYTES = 210 << 10
-_WIDE_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -66,35 +65,54 @@ def make_variant(
 
 
 def choose_wide(
-    stored: Storage, scale_type: str, pairs: int, num_experts: int
+    stored: Storage, scale_type: str, pairs: int, num_experts: int, columns: tuple[int, ...]
 ) -> WideVariant | None:
     """How many tokens per expert are multiplied; None where there are few.
 
+    columns: of the layer's matrices
+
     Few tokens cost a pass over the weights for every 16 of an expert, many cost one and a half for
-    up to 64. Measured on H200, they break even at 11 to 40 pairs per expert: the sooner the more a
-    pass reads, the later the more each product of the other kernel costs beside.
+    up to 64, or little more than one in narrow tiles. Measured on H200, they break even at 11 to 40
+    pairs per expert: the sooner the more a pass reads, the later the more each product of the other
+    kernel costs beside; narrow tiles and wide ones near 48.
     """
+    mean, operands = pairs / num_experts, stored.folded or stored
+    narrow = _suits_narrow(operands, columns)
     if stored.code.bits == 16:
         enough = 11
+    elif operands.scale == "group" and operands.group == 32:
+        enough = 40
     else:
-        enough = 40 if stored.scale == "group" and stored.group == 32 and not stored.folded else 16
-    if pairs <= enough * num_experts:
+        enough = 12 if narrow else 16
+    if mean <= enough:
         return None
-    return wide_variant(stored.folded or stored, scale_type)
+    return (narrow_variant if narrow and mean <= 48 else wide_variant)(operands, scale_type)
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
-    """As many slots as fit in shared memory.
-
-    Two chunks to a stage where those are few bytes, or one group's; else sums would be brought to
-    other units (`hopper_prefill`) between chunks of the same row tile.
-    """
+    """Two chunks to a stage where those are few bytes, or one group's; else sums would be brought
+    to other units (`hopper_prefill`) between chunks of the same row tile."""
     little = stored.code.bits == 4 or stored.scale == "block"
     one_group = stored.scale not in ("group", "block") or stored.group == 128
-    stage = 2 if little and one_group else 1
+    return _fitted(stored, scale_type, 128, 2 if little and one_group else 1)
+
+
+def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
+    """Half as many sums leave registers for four chunks at a time: half as many waits."""
+    return _fitted(stored, scale_type, 64, 4)
+
+
+def _suits_narrow(stored: Storage, columns: tuple[int, ...]) -> bool:
+    """Whether stages of four chunks fit: in shared memory, in units of one scale, in columns."""
+    one_scale = stored.scale not in ("group", "block")
+    return stored.code.bits == 4 and one_scale and all(-k % 256 <= k / 32 for k in columns)
+
+
+def _fitted(stored: Storage, scale_type: str, block: int, stage: int) -> WideVariant:
+    """As many slots as fit in shared memory."""
     chunk, scale, zero = box_rows(stored, scale_type)
-    slot = 128 * (4 * (stage * chunk + scale + zero) + stage * _WIDE_BLOCK)
-    return WideVariant(_WIDE_BLOCK, min(_SHARED_BYTES // slot, 8), stage)
+    slot = 128 * (4 * (stage * chunk + scale + zero) + stage * block)
+    return WideVariant(block, min(_SHARED_BYTES // slot, 8), stage)
 
 
 def type_name(dtype: torch.dtype | None) -> str:
