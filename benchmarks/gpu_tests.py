@@ -34,7 +34,7 @@ EMPTY: dict[str, Any] = {
     "not_imported": {},
     "seconds": 0.0,
 }
-WORKERS = 16
+WORKERS = min(os.cpu_count() or 1, 48)
 _SHARE = 16
 
 
