@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 import moelten  # noqa: E402
 from moelten import reference  # noqa: E402
 from moelten.formats import scheme  # noqa: E402
-from moelten.kernels import arena  # noqa: E402
+from moelten.kernels import arena, launches  # noqa: E402
 from moelten.kernels.triton import TritonBackend  # noqa: E402
 from moelten.routing import Routing  # noqa: E402
 
@@ -88,7 +88,8 @@ def test_less_room_means_more_chunks(name, monkeypatch):
     inner = TritonBackend.run_chunk
 
     def counted(self, x, *rest):
-        sizes.append(x.shape[0])
+        if not launches._COMPILING.get():
+            sizes.append(x.shape[0])
         return inner(self, x, *rest)
 
     monkeypatch.setattr(TritonBackend, "run_chunk", counted)
