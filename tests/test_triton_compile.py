@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from cases import ALL_SCHEMES
 from triton.compiler import ASTSource
-from triton_offline import Build, Result, all_builds, compile_all, stack_bytes
+from triton_offline import Build, Compilers, Result, all_builds, stack_bytes
 from triton_targets import TARGETS
 
 from moelten.kernels import triton_ops
@@ -64,9 +64,16 @@ def failures(build: Build, result: Result) -> list[str]:
     return wrong
 
 
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory):
+    compilers = Compilers(tmp_path_factory.mktemp("compiled"))
+    yield compilers
+    compilers.threads.shutdown()
+
+
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_variant_builds(target):
-    results = compile_all(all_builds(target))
+def test_every_variant_builds(target, compilers):
+    results = compilers.compile_all(all_builds(target))
     wrong = [
         f"{build}: {text}" for build, result in results.items() for text in failures(build, result)
     ]

@@ -19,7 +19,7 @@ from moelten.routing import METHODS  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DEVICE = torch.device("cpu" if INTERPRET else "cuda")
-ROWS = 60 if INTERPRET else 10_000
+ROWS = 24 if INTERPRET else 10_000
 BIASED = ("minimax2", "deepseek_v3", "sqrt_softplus_topk")
 
 
