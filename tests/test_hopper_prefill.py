@@ -32,6 +32,7 @@ from moelten.kernels.hopper_schedule import (
     choose_wide,
     narrow_variant,
     type_name,
+    warp_variant,
     wide_variant,
 )
 
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[Format, str]] = {
     "mxfp4": (MXFP4(), "bf16"),
     "nvfp4": (NVFP4(), "bf16"),
     "int4": (Int4(), "bf16"),
+    "int4g128": (Int4(128), "bf16"),
     "int4g128z": (Int4(128, zero_point=True), "bf16"),
     "int4g32": (Int4(32), "bf16"),
     "int4g32z": (Int4(32, zero_point=True), "bf16"),
@@ -74,7 +76,7 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
     }
     activation = "swiglu" if halves == 2 else "none"
     sizes = (2048, 4096, halves, stored, scale, OPERANDS[kind], activation, False, halves == 2)
-    problem = Problem(*sizes, variant.block, variant.slots, variant.stage)
+    problem = Problem(*sizes, variant.block, variant.tiles, variant.slots, variant.stage)
     return compile_kernel(prefill_kernel, types, {"P": problem}, num_warps=4)
 
 
@@ -82,7 +84,7 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
 @pytest.mark.parametrize(
     "name, halves, choose",
     [
-        *((name, 2, wide_variant) for name in CASES),
+        *((name, 2, wide_variant) for name in CASES if name != "int4g128"),
         *((name, 1, wide_variant) for name in SCARCE),
         *((name, 2, narrow_variant) for name in ("mxfp4", "nvfp4", "int4g32")),
     ],
@@ -106,6 +108,24 @@ def test_machine_code(name, halves, choose):
         # Products wait for each other at most twice a group, not one by one.
         waits = sum("DEPBAR" in line for line in body)
         assert waits <= len(products) // 2 and waits <= 6
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "int4g128", "int4g32z", "fp8block", "bf16"])
+def test_machine_code_of_warps(name):
+    """Little but decoding and products, of which every 8 tokens have their own."""
+    kernel = compiled(*CASES[name], 2, warp_variant)
+    assert kernel.metadata.shared <= 227 << 10
+    listing = listing_of(kernel.asm["cubin"])
+    bodies = [operations(listing[loop]) for loop in innermost(loops(listing, "HMMA"))]
+    stage = warp_variant(storage(*CASES[name]), "").stage
+    # Two warpgroups, each with four widths of tiles; two row tiles, chunks of four products.
+    assert len(bodies) == 8
+    assert [b.count("HMMA") for b in bodies] == [8 * stage * n for n in (1, 2, 3, 4)] * 2
+    for body in bodies:
+        assert not {"LDL", "STL", "PRMT"} & set(body)
+        assert body.count("LDSM") == body.count("HMMA") // 4
+        # Per row tile and chunk.
+        assert len(body) <= 100 * 2 * stage
 
 
 def test_which_kernel_runs():

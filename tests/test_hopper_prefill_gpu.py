@@ -24,7 +24,7 @@ import moelten
 from moelten import SwiGLU, reference
 from moelten.formats import BF16, FP8, Int4, Scheme, scheme
 from moelten.kernels import arena, hopper
-from moelten.kernels.hopper_schedule import narrow_variant, wide_variant
+from moelten.kernels.hopper_schedule import narrow_variant, warp_variant, wide_variant
 from moelten.routing import Routing
 
 pytestmark = pytest.mark.gpu
@@ -55,9 +55,19 @@ def always_narrow(monkeypatch):
     yield from only(monkeypatch, narrow_variant)
 
 
+@pytest.fixture
+def always_warps(monkeypatch):
+    yield from only(monkeypatch, warp_variant)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme(always_wide, name):
     check_scheme(SCHEMES[name], TOKENS)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme_by_warps(always_warps, name):
+    check_scheme(SCHEMES[name], (1, 12, 33, 60, 90, 110, 300))
 
 
 NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4z_bf16", "int4g32_fp16"]

@@ -129,7 +129,8 @@ def prefill_gemm(
     chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, stored, matrix.scale_type, matrix.operand,
-        epilogue.activation, limited, ordered, plan.block, variant.slots, variant.stage,
+        epilogue.activation, limited, ordered, plan.block, variant.tiles, variant.slots,
+        variant.stage,
     )  # fmt: skip
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(
@@ -140,7 +141,7 @@ def prefill_gemm(
         None if scale_rows else _words(scale), None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x.scale, plan.tiles, plan.count, plan.max_tiles,
         -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
-        *numbers, P=problem, num_warps=4,
+        *numbers, P=problem, num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 

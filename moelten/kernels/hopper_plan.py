@@ -102,7 +102,7 @@ def gather(
         gather_kernel, (x.shape[0],),
         x.view(torch.int32), inverse, out.view(torch.int32), scale,
         SLOTS=rows_per_source, WORDS=x.shape[1] // 2, WIDTH=width, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 8),
+        num_warps=min(max(block // 512, 1), 8), launch_pdl=True,
     )  # fmt: skip
 
 
@@ -146,6 +146,8 @@ def gather_kernel(
     SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read a row once, and write it for each of its pairs."""
+    gdc_launch_dependents()
+    gdc_wait()
     source = tl.program_id(0).to(tl.int64)
     x_ptr += source * WORDS
     # All before the first store, lest each waits for the stores before it.

@@ -1,224 +1,35 @@
-"""The Hopper grouped GEMM for many tokens per expert, in Gluon: tensor cores never wait.
+"""The Hopper grouped GEMM for more than a few tokens per expert, in Gluon.
 
     acc[n, r] = sum over k of w[expert of r, n, k] * a[r, k]
 
-Programs stay on their multiprocessors and walk through pieces of work: 256 rows of one expert's
-matrix by up to `block` of its tokens. One warp brings packed weights and activations
-(`hopper_ring`) while two warpgroups, 128 rows each, decode weights in registers and multiply from
-there: a row tile's stage while the other's is decoded. Activations come sorted by expert, columns
-in the order of operands, so that a tile's are one block of memory. A tile of few tokens multiplies
-quarters of the block.
-
-Scales of groups do not get sums of their own: sums are kept in units of the scale at hand, and
-brought to the next one's before its products are added. That is one multiplication per element, as
-adding up sums of groups would be, but needs no second set of registers, so tiles stay large.
+Programs stay on their multiprocessors and walk through pieces of work: `tiles` times 64 rows of one
+expert's matrix by up to `block` of its tokens. One warp brings packed weights and activations
+(`hopper_ring`) while two warpgroups, half of the rows each, decode weights in registers and multiply from
+there: by instructions of whole warpgroups for many tokens (`hopper_wgmma`), of single warps for
+few (`hopper_mma`). Activations come sorted by expert, columns in the order of operands, so that a
+tile's are one block of memory. A tile of few tokens multiplies quarters of the block.
 """
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
-from moelten.kernels.hopper_fragments import halves, zero_words
-from moelten.kernels.hopper_ring import TILES, piece_of_work, produce, take_scale, take_stage
+from moelten.kernels.hopper_mma import warp_sums
+from moelten.kernels.hopper_ring import (
+    piece_of_work,
+    piece_size,
+    piece_start,
+    pieces,
+    produce,
+)
+from moelten.kernels.hopper_wgmma import warpgroup_sums
 
 # Registers of a thread of the second warpgroup, and of the producer.
 _REGISTERS = gl.constexpr([232, 40])
-
-
-@gluon.constexpr_function
-def _sum_layout(tokens):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 16])
-
-
-@gluon.constexpr_function
-def _pieces(block, quarters):
-    """A tile's tokens as powers of two, which is what tensors can have."""
-    quarter = block // 4
-    return ((quarter,), (2 * quarter,), (2 * quarter, quarter), (block,))[quarters - 1]
-
-
-@gluon.constexpr_function
-def _size(pieces, index):
-    return pieces[index]
-
-
-@gluon.constexpr_function
-def _start(pieces, index):
-    return sum(pieces[:index])
-
-
-@gluon.jit
-def _zeros(PIECES: gl.constexpr):
-    acc = ()
-    for i in gl.static_range(len(PIECES)):
-        acc = acc + (gl.zeros([64, _size(PIECES, i)], gl.float32, _sum_layout(_size(PIECES, i))),)
-    return acc
-
-
-@gluon.jit
-def _multiply(
-    acc, a, x, slot, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
-):  # fmt: skip
-    """acc + a row tile's stage, or a group of it, @ x: in flight."""
-    K: gl.constexpr = 64 // P.groups
-    STAGE: gl.constexpr = P.stage
-    for c in gl.static_range(STAGE):
-        left = a[c]
-        if P.groups == 2:
-            left = halves(left)[group]
-        left = left.reshape([64, K])
-        out = ()
-        for i in gl.static_range(len(acc)):
-            own = gl.convert_layout(
-                left,
-                gl.DotOperandLayout(0, _sum_layout(_size(PIECES, i)), 2),
-                assert_trivial=True,
-            )
-            b = x.index(slot * P.stage + c).slice(_start(PIECES, i), _size(PIECES, i), 0)
-            b = b.slice(group * K, K, 1).permute((1, 0))
-            out = out + (warpgroup_mma(own, b, acc[i], is_async=True),)
-        acc = out
-    return acc
-
-
-@gluon.jit
-def _wait(acc):
-    """Sums, complete."""
-    if len(acc) == 1:
-        return (warpgroup_mma_wait(0, deps=[acc[0]]),)
-    else:
-        return warpgroup_mma_wait(0, deps=[acc[0], acc[1]])
-
-
-@gluon.jit
-def _times(acc, rows):
-    """Every row of the sums times a number [64]."""
-    out = ()
-    for i in gl.static_range(len(acc)):
-        own = gl.convert_layout(rows, gl.SliceLayout(1, acc[i].type.layout), assert_trivial=True)
-        out = out + (acc[i] * own.expand_dims(1),)
-    return out
-
-
-@gluon.jit
-def _rescale(acc, unit, scale):
-    """Sums in units of `unit`, fp32 [64], brought to units of a scale: (sums, the new unit).
-
-    Nothing but codes of zero has a scale of 0 or below 2**-60 of another's (`hopper_layout`): there
-    the unit stays, and sums stay finite.
-    """
-    scale = gl.where(gl.abs(scale) <= gl.abs(unit) * 8.673617379884035e-19, unit, scale)
-    return _times(acc, gl.fdiv(unit, scale)), scale
-
-
-@gluon.jit
-def _end_block(turn):
-    """The same number. It is never negative, which the compiler does not know: so a basic block
-    ends here, and what was decoded before does not sink below the wait that follows."""
-    return gl.inline_asm_elementwise(
-        """{.reg .pred p;
-        again_${:uid}: setp.ge.s32 p, $1, 0; @p bra done_${:uid};
-        nanosleep.u32 20; bra again_${:uid};
-        done_${:uid}: mov.b32 $0, $1;}""",
-        "=r,r",
-        [turn],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _sums(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
-    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
-    """Sums [64, tokens] of a warpgroup's two row tiles, in pieces of tokens, tile after tile.
-
-    While a row tile multiplies, the other is decoded, and its sums are brought to its next scales.
-    """
-    TILE: gl.constexpr = 2 * group
-    GROUPS: gl.constexpr = P.groups
-    matrix0, zero0 = _row_tile(zero_ptr, expert, row_tile, P)
-    matrix1, zero1 = _row_tile(zero_ptr, expert, row_tile + 1, P)
-    acc0 = _zeros(PIECES)
-    acc1 = acc0
-    slot = turn % P.slots
-    start = turn * 0
-    mbarrier.wait(full.index(slot), turn // P.slots & 1)
-    unit0 = _first_unit(scales, scale_ptr, matrix0, slot, TILE, start, P)
-    unit1 = _first_unit(scales, scale_ptr, matrix1, slot, TILE + 1, start, P)
-    a0 = take_stage(words, scales, zeros, zero0, slot, TILE, start, P)
-    for step in range(steps):
-        slot = turn % P.slots
-        chunk = step * P.stage
-        next_slot = (turn + 1) % P.slots
-        next_phase = (turn + 1) // P.slots & 1
-        more = step + 1 < steps
-        for g in gl.static_range(GROUPS):
-            acc0 = _multiply(acc0, a0, x, slot, g, PIECES, P)
-            if P.scaled:
-                scale = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, chunk, g, P)
-                acc1, unit1 = _rescale(acc1, unit1, scale)
-            if g == 0:
-                a1 = take_stage(words, scales, zeros, zero1, slot, TILE + 1, chunk, P)
-                turn = _end_block(turn)
-            acc0 = _wait(acc0)
-            acc1 = _multiply(acc1, a1, x, slot, g, PIECES, P)
-            if g < GROUPS - 1:
-                scale = take_scale(scales, scale_ptr, matrix0, slot, TILE, chunk, g + 1, P)
-                acc0, unit0 = _rescale(acc0, unit0, scale)
-            else:
-                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
-                if P.scaled:
-                    after = gl.minimum(chunk + P.stage, P.chunks - 1)
-                    scale = take_scale(scales, scale_ptr, matrix0, next_slot, TILE, after, 0, P)
-                    # After the last stage a slot holds anything.
-                    acc0, unit0 = _rescale(acc0, unit0, gl.where(more, scale, unit0))
-                a0 = take_stage(words, scales, zeros, zero0, next_slot, TILE, chunk + P.stage, P)
-                turn = _end_block(turn)
-            acc1 = _wait(acc1)
-        mbarrier.arrive(empty.index(slot))
-        turn += 1
-    return _final(acc0, unit0, P) + _final(acc1, unit1, P), turn
-
-
-@gluon.jit
-def _row_tile(zero_ptr, expert, row_tile, P: gl.constexpr):
-    """Which of all row tiles it is, the last again past it; and a whole row's zero points."""
-    matrix = expert * P.row_tiles + gl.minimum(row_tile, P.row_tiles - 1)
-    zero = 0
-    if zero_ptr is not None:
-        W: gl.constexpr = P.weights
-        warp, lane = zero_words(W, 4)
-        zero = gl.load(zero_ptr + matrix * 32 + (warp * 8 + lane))
-    return matrix, zero
-
-
-@gluon.jit
-def _first_unit(scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
-    """The first scales; a first group of zeros has some unit, less than any that follows."""
-    if P.scaled:
-        unit = take_scale(scales, scale_ptr, matrix, slot, tile, chunk, 0, P)
-        return gl.where(unit == 0, 1.1754943508222875e-38, unit)
-    else:
-        return 0
-
-
-@gluon.jit
-def _final(acc, unit, P: gl.constexpr):
-    if P.scaled:
-        return _times(acc, unit)
-    else:
-        return acc
 
 
 @gluon.jit
@@ -263,7 +74,8 @@ def _work(
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work."""
-    acc, turn = _sums(
+    SUMS: gl.constexpr = warp_sums if P.by_warp else warpgroup_sums
+    acc, turn = SUMS(
         words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
         group, PIECES, P,
     )  # fmt: skip
@@ -274,10 +86,10 @@ def _work(
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     COUNT: gl.constexpr = len(PIECES)
-    for i in gl.static_range(2 * COUNT):
+    for i in gl.static_range(P.tiles // 2 * COUNT):
         tile = row_tile + i // COUNT
-        at = first + _start(PIECES, i % COUNT)
-        sums = acc[i].reshape([4, 2, 8, _size(PIECES, i % COUNT)])
+        at = first + piece_start(PIECES, i % COUNT)
+        sums = acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)])
         if x_scale_ptr is not None:
             sums = scale_tokens(sums, x_scale_ptr, at, stop)
         y = finish(
@@ -299,14 +111,14 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
         expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
         expert = expert.to(gl.int64)
-        row_tile += 2 * group
+        row_tile += P.tiles // 2 * group
         quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
                 turn = _work(
                     words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr,
                     x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop,
-                    row_tile, steps, alpha, beta, limit, group, _pieces(P.block, n), P,
+                    row_tile, steps, alpha, beta, limit, group, pieces(P.block, n), P,
                 )  # fmt: skip
 
 
@@ -331,9 +143,9 @@ def prefill_kernel(
 
     The count is known at run time only, lest loops be unrolled.
     """
-    words = _room(w_desc, P.slots * TILES)
-    scales = _room(s_desc, P.slots * TILES)
-    zeros = _room(z_desc, P.slots * TILES)
+    words = _room(w_desc, P.slots * P.tiles)
+    scales = _room(s_desc, P.slots * P.tiles)
+    zeros = _room(z_desc, P.slots * P.tiles)
     x = gl.allocate_shared_memory(P.operand, [P.slots * P.stage, P.block, 64], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [P.slots, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.slots, 1], mbarrier.MBarrierLayout())
@@ -342,6 +154,9 @@ def prefill_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
+    # What follows may start beside the last pieces, and what stands before it is then complete.
+    gdc_wait()
+    gdc_launch_dependents()
     consumer = (
         words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
         zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,

@@ -1,8 +1,8 @@
 """What passes through shared memory in the Hopper GEMM for many tokens per expert, in Gluon.
 
-A ring of slots, each with a stage: a chunk or two of 64 columns of four row tiles, their row
+A ring of slots, each with a stage: some chunks of 64 columns of several row tiles, their row
 parameters of the whole super-block, and the activations of up to a tile's tokens. One warp fills
-it with bulk copies; each warpgroup takes its two row tiles from there, as operands of the matrix
+it with bulk copies; each warpgroup takes its row tiles from there, as operands of the matrix
 instruction, and the scales that multiply sums. A slot is full when all its bytes have come, and
 empty when both warpgroups say so.
 """
@@ -24,11 +24,11 @@ from moelten.kernels.hopper_fragments import (
     operands,
     pair_layout,
     scale_layout,
+    zero_words,
 )
 
 # Its name in later Tritons, and in 3.6.
 _bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-TILES = gl.constexpr(4)  # row tiles of a piece of work, two for each warpgroup
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Problem:
     rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
     ordered:       whether columns of the result stand in the order of operands, for the next GEMM
     block:         most tokens of a tile
+    tiles:         row tiles of a piece of work, half of them for each warpgroup
     slots, stage:  slots of the ring, chunks of each
     """
 
@@ -51,6 +52,7 @@ class Problem:
     limited: bool
     ordered: bool
     block: int
+    tiles: int
     slots: int
     stage: int
 
@@ -60,7 +62,7 @@ class Problem:
 
     @property
     def row_blocks(self) -> int:
-        return -(-self.row_tiles // 4)
+        return -(-self.row_tiles // self.tiles)
 
     @property
     def chunks(self) -> int:
@@ -69,6 +71,11 @@ class Problem:
     @property
     def super_blocks(self) -> int:
         return -(-self.chunks // 4)
+
+    @property
+    def by_warp(self) -> bool:
+        """Whether warps multiply by themselves, as pays for few tokens."""
+        return self.block <= 32
 
     @property
     def scaled(self) -> bool:
@@ -91,7 +98,24 @@ class Problem:
         return 4 if self.weights.by_chunk else min(256 // self.weights.group, 4)
 
 
-# Filling ------------------------------------------------------------------------------------------
+# Work ---------------------------------------------------------------------------------------------
+
+
+@gluon.constexpr_function
+def pieces(block, quarters):
+    """A tile's tokens as powers of two, which is what tensors can have."""
+    quarter = block // 4
+    return ((quarter,), (2 * quarter,), (2 * quarter, quarter), (block,))[quarters - 1]
+
+
+@gluon.constexpr_function
+def piece_size(pieces, index):
+    return pieces[index]
+
+
+@gluon.constexpr_function
+def piece_start(pieces, index):
+    return sum(pieces[:index])
 
 
 @gluon.jit
@@ -101,7 +125,22 @@ def piece_of_work(index, tiles_ptr, max_tiles, P: gl.constexpr):
     expert = gl.load(tiles_ptr + tile)
     first = gl.load(tiles_ptr + max_tiles + tile)
     stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
-    return expert, first, stop, index % P.row_blocks * TILES
+    return expert, first, stop, index % P.row_blocks * P.tiles
+
+
+@gluon.jit
+def find_row_tile(zero_ptr, expert, row_tile, P: gl.constexpr):
+    """Which of all row tiles it is, the last again past it; and a whole row's zero points."""
+    matrix = expert * P.row_tiles + gl.minimum(row_tile, P.row_tiles - 1)
+    zero = 0
+    if zero_ptr is not None:
+        W: gl.constexpr = P.weights
+        warp, lane = zero_words(W, 4)
+        zero = gl.load(zero_ptr + matrix * 32 + (warp * 8 + lane))
+    return matrix, zero
+
+
+# Filling ------------------------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -114,6 +153,7 @@ def _fill(
     W_ROWS: gl.constexpr = w_desc.block_shape[0]
     S_ROWS: gl.constexpr = 0 if s_desc is None else s_desc.block_shape[0]
     Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[0]
+    TILES: gl.constexpr = P.tiles
     BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + P.stage * BOXES * BOX)
     STAGE: gl.constexpr = P.stage
     for step in range(steps):
@@ -254,15 +294,17 @@ def take_weights(
     W: gl.constexpr = P.weights
     LOADS: gl.constexpr = W.code.bits // 4
     OPERAND: gl.constexpr = P.operand
-    w = words.index(slot * TILES + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
+    w = words.index(slot * P.tiles + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
     w = w.load(_code_layout(LOADS)).reshape([LOADS, 4, 128]).permute((1, 0, 2))
     w = gl.convert_layout(w, load_layout(4, LOADS), assert_trivial=True)
     s = 0
     if W.scale == "fold":
-        s = _for_quads(_take(scales.index(slot * TILES + tile), chunk, P.words, P.spread), P.spread)
+        s = _for_quads(
+            _take(scales.index(slot * P.tiles + tile), chunk, P.words, P.spread), P.spread
+        )
     if W.zeros is not None and W.group != 0:
         WORDS: gl.constexpr = 2 if W.group == 32 else 1
-        zero = _for_quads(_take(zeros.index(slot * TILES + tile), chunk, WORDS, False), False)
+        zero = _for_quads(_take(zeros.index(slot * P.tiles + tile), chunk, WORDS, False), False)
         zero = zero >> chunk_zero(chunk, W)[1]
     return operands(w, s, zero, W, OPERAND)
 
@@ -293,7 +335,7 @@ def take_scale(
         words = gl.load(scale_ptr + at + n + gl.zeros([4, 8, 2], gl.int32, L))
         rows = floats(words, W, TYPE)
     else:
-        words = _take(scales.index(slot * TILES + tile), chunk, P.words, False)
+        words = _take(scales.index(slot * P.tiles + tile), chunk, P.words, False)
         words = gl.convert_layout(words, scale_layout(4, words.shape[2]), assert_trivial=True)
         rows = floats(words, W, TYPE)  # warps g b c
         if rows.shape[3] == 2:

@@ -33,11 +33,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class WideVariant:
-    """block: most tokens of a tile; slots of so many chunks (stage) in shared memory."""
+    """block: most tokens of a tile, beside `tiles` row tiles of 64 rows
+
+    slots, stage: slots in shared memory, of so many chunks of 64 columns
+    """
 
     block: int
     slots: int
     stage: int
+    tiles: int = 4
 
 
 def block_of(pairs: int, num_experts: int) -> int:
@@ -97,6 +101,17 @@ def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     return _fitted(stored, scale_type, 128, 2 if little and one_group else 1)
 
 
+def warp_variant(
+    stored: Storage, scale_type: str, columns: tuple[int, ...] = (256,)
+) -> WideVariant:
+    """Stages of 8 KiB of codes per row tile, or of half, if much of a last one would be nothing."""
+    stage = 16 // stored.code.bits
+    if any(-k % (64 * stage) > k / 32 for k in columns):
+        stage //= 2
+    # A group's products are added up within a stage.
+    return _fitted(stored, scale_type, 32, max(stage, stored.group // 64, 1))
+
+
 def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
     """Half as many sums leave registers for four chunks at a time: half as many waits."""
     return _fitted(stored, scale_type, 64, 4)
@@ -108,11 +123,13 @@ def _suits_narrow(stored: Storage, columns: tuple[int, ...]) -> bool:
     return stored.code.bits == 4 and one_scale and all(-k % 256 <= k / 32 for k in columns)
 
 
-def _fitted(stored: Storage, scale_type: str, block: int, stage: int) -> WideVariant:
+def _fitted(
+    stored: Storage, scale_type: str, block: int, stage: int, tiles: int = 4
+) -> WideVariant:
     """As many slots as fit in shared memory."""
     chunk, scale, zero = box_rows(stored, scale_type)
-    slot = 128 * (4 * (stage * chunk + scale + zero) + stage * block)
-    return WideVariant(block, min(_SHARED_BYTES // slot, 8), stage)
+    slot = 128 * (tiles * (stage * chunk + scale + zero) + stage * block)
+    return WideVariant(block, min(_SHARED_BYTES // slot, 8), stage, tiles)
 
 
 def type_name(dtype: torch.dtype | None) -> str:

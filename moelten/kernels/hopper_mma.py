@@ -1,0 +1,128 @@
+"""Sums of a tile by instructions of single warps: for a few tokens of each expert, in Gluon.
+
+A warp multiplies 16 rows of either row tile by 8 tokens at a time, so that a tile costs what its
+tokens cost, in steps of 8. Nothing is in flight behind the code: two warps share each quarter of a
+multiprocessor, and one multiplies while the other decodes.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from moelten.kernels.hopper_fragments import halves
+from moelten.kernels.hopper_ring import (
+    find_row_tile,
+    piece_size,
+    piece_start,
+    take_scale,
+    take_weights,
+)
+
+_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+_LEFT = gl.constexpr(gl.DotOperandLayout(0, _SUMS.value, 2))
+_RIGHT = gl.constexpr(gl.DotOperandLayout(1, _SUMS.value, 2))
+
+
+@gluon.jit
+def _zeros(PIECES: gl.constexpr):
+    acc = ()
+    for i in gl.static_range(len(PIECES)):
+        acc = acc + (gl.zeros([64, piece_size(PIECES, i)], gl.float32, _SUMS),)
+    return acc
+
+
+@gluon.jit
+def _take_tokens(x, slot, c: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr):
+    """Activations of a chunk, the c-th of its stage, [64, tokens] in pieces."""
+    b = ()
+    for i in gl.static_range(len(PIECES)):
+        piece = x.index(slot * P.stage + c)
+        piece = piece.slice(piece_start(PIECES, i), piece_size(PIECES, i), 0)
+        b = b + (piece.permute((1, 0)).load(_RIGHT),)
+    return b
+
+
+@gluon.jit
+def _dot(acc, a, b, group: gl.constexpr, P: gl.constexpr):
+    """acc + a row tile's chunk, [4 warps, 16, 64], or a group of it, @ b."""
+    if P.groups == 2:
+        a = halves(a)[group]
+    a = gl.convert_layout(a.reshape([64, 64 // P.groups]), _LEFT, assert_trivial=True)
+    out = ()
+    for i in gl.static_range(len(acc)):
+        right = b[i]
+        if P.groups == 2:
+            right = gl.split(right.reshape([2, 32, right.shape[1]]).permute((1, 2, 0)))[group]
+            right = gl.convert_layout(right, _RIGHT, assert_trivial=True)
+        out = out + (mma_v2(a, right, acc[i]),)
+    return out
+
+
+@gluon.jit
+def _add(acc, part, scale):
+    """acc + part, whose rows are times a scale, [64]."""
+    rows = gl.convert_layout(scale, gl.SliceLayout(1, _SUMS), assert_trivial=True).expand_dims(1)
+    out = ()
+    for i in gl.static_range(len(acc)):
+        out = out + (acc[i] + part[i] * rows,)
+    return out
+
+
+@gluon.jit
+def warp_sums(
+    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile."""
+    TILES: gl.constexpr = P.tiles // 2
+    FIRST: gl.constexpr = TILES * group
+    STAGE: gl.constexpr = P.stage
+    GROUPS: gl.constexpr = P.groups
+    SPAN: gl.constexpr = max(P.weights.group // 64, 1)  # chunks of a group
+    matrix = ()
+    zero = ()
+    acc = ()
+    none = _zeros(PIECES)
+    for t in gl.static_range(TILES):
+        m, z = find_row_tile(zero_ptr, expert, row_tile + t, P)
+        matrix = matrix + (m,)
+        zero = zero + (z,)
+        acc = acc + (none,)
+    for step in range(steps):
+        slot = turn % P.slots
+        mbarrier.wait(full.index(slot), turn // P.slots & 1)
+        part = acc
+        if P.scaled:
+            part = (none,) * TILES
+        for c in gl.static_range(STAGE):
+            chunk = step * P.stage + c
+            b = _take_tokens(x, slot, c, PIECES, P)
+            next_part = ()
+            next_acc = ()
+            for t in gl.static_range(TILES):
+                a = take_weights(words, scales, zeros, zero[t], slot, FIRST + t, chunk, c, P)
+                p = part[t]
+                s = acc[t]
+                for g in gl.static_range(GROUPS):
+                    p = _dot(p, a, b, g, P)
+                    if P.scaled and (c + 1) % SPAN == 0:
+                        scale = take_scale(
+                            scales, scale_ptr, matrix[t], slot, FIRST + t, chunk, g, P
+                        )
+                        s = _add(s, p, scale)
+                        p = none
+                next_part = next_part + (p,)
+                next_acc = next_acc + (s,)
+            part = next_part
+            acc = next_acc
+        if not P.scaled:
+            acc = part
+        mbarrier.arrive(empty.index(slot))
+        turn += 1
+    sums = ()
+    for t in gl.static_range(TILES):
+        sums = sums + acc[t]
+    return sums, turn

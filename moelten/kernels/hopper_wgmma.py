@@ -1,0 +1,189 @@
+"""Sums of a tile by instructions of whole warpgroups: for 64 tokens and more, in Gluon.
+
+A row tile's stage is multiplied while the other's is decoded. Weights are taken from registers;
+then fewer tokens than 64 cost as much as 64.
+
+Scales of groups do not get sums of their own: sums are kept in units of the scale at hand, and
+brought to the next one's before its products are added. That is one multiplication per element, as
+adding up sums of groups would be, but needs no second set of registers, so tiles stay large.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moelten.kernels.hopper_fragments import halves
+from moelten.kernels.hopper_ring import (
+    find_row_tile,
+    piece_size,
+    piece_start,
+    take_scale,
+    take_stage,
+)
+
+
+@gluon.constexpr_function
+def _sum_layout(tokens):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 16])
+
+
+@gluon.jit
+def _zeros(PIECES: gl.constexpr):
+    acc = ()
+    for i in gl.static_range(len(PIECES)):
+        acc = acc + (
+            gl.zeros([64, piece_size(PIECES, i)], gl.float32, _sum_layout(piece_size(PIECES, i))),
+        )
+    return acc
+
+
+@gluon.jit
+def _multiply(
+    acc, a, x, slot, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
+    """acc + a row tile's stage, or a group of it, @ x: in flight."""
+    K: gl.constexpr = 64 // P.groups
+    STAGE: gl.constexpr = P.stage
+    for c in gl.static_range(STAGE):
+        left = a[c]
+        if P.groups == 2:
+            left = halves(left)[group]
+        left = left.reshape([64, K])
+        out = ()
+        for i in gl.static_range(len(acc)):
+            own = gl.convert_layout(
+                left,
+                gl.DotOperandLayout(0, _sum_layout(piece_size(PIECES, i)), 2),
+                assert_trivial=True,
+            )
+            b = x.index(slot * P.stage + c).slice(piece_start(PIECES, i), piece_size(PIECES, i), 0)
+            b = b.slice(group * K, K, 1).permute((1, 0))
+            out = out + (warpgroup_mma(own, b, acc[i], is_async=True),)
+        acc = out
+    return acc
+
+
+@gluon.jit
+def _wait(acc):
+    """Sums, complete."""
+    if len(acc) == 1:
+        return (warpgroup_mma_wait(0, deps=[acc[0]]),)
+    else:
+        return warpgroup_mma_wait(0, deps=[acc[0], acc[1]])
+
+
+@gluon.jit
+def _times(acc, rows):
+    """Every row of the sums times a number [64]."""
+    out = ()
+    for i in gl.static_range(len(acc)):
+        own = gl.convert_layout(rows, gl.SliceLayout(1, acc[i].type.layout), assert_trivial=True)
+        out = out + (acc[i] * own.expand_dims(1),)
+    return out
+
+
+@gluon.jit
+def _rescale(acc, unit, scale):
+    """Sums in units of `unit`, fp32 [64], brought to units of a scale: (sums, the new unit).
+
+    Nothing but codes of zero has a scale of 0 or below 2**-60 of another's (`hopper_layout`): there
+    the unit stays, and sums stay finite.
+    """
+    scale = gl.where(gl.abs(scale) <= gl.abs(unit) * 8.673617379884035e-19, unit, scale)
+    return _times(acc, gl.fdiv(unit, scale)), scale
+
+
+@gluon.jit
+def _end_block(turn):
+    """The same number. It is never negative, which the compiler does not know: so a basic block
+    ends here, and what was decoded before does not sink below the wait that follows."""
+    return gl.inline_asm_elementwise(
+        """{.reg .pred p;
+        again_${:uid}: setp.ge.s32 p, $1, 0; @p bra done_${:uid};
+        nanosleep.u32 20; bra again_${:uid};
+        done_${:uid}: mov.b32 $0, $1;}""",
+        "=r,r",
+        [turn],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def warpgroup_sums(
+    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """Sums [64, tokens] of a warpgroup's two row tiles, in pieces of tokens, tile after tile.
+
+    While a row tile multiplies, the other is decoded, and its sums are brought to its next scales.
+    """
+    TILE: gl.constexpr = 2 * group
+    GROUPS: gl.constexpr = P.groups
+    matrix0, zero0 = find_row_tile(zero_ptr, expert, row_tile, P)
+    matrix1, zero1 = find_row_tile(zero_ptr, expert, row_tile + 1, P)
+    acc0 = _zeros(PIECES)
+    acc1 = acc0
+    slot = turn % P.slots
+    start = turn * 0
+    mbarrier.wait(full.index(slot), turn // P.slots & 1)
+    unit0 = _first_unit(scales, scale_ptr, matrix0, slot, TILE, start, P)
+    unit1 = _first_unit(scales, scale_ptr, matrix1, slot, TILE + 1, start, P)
+    a0 = take_stage(words, scales, zeros, zero0, slot, TILE, start, P)
+    for step in range(steps):
+        slot = turn % P.slots
+        chunk = step * P.stage
+        next_slot = (turn + 1) % P.slots
+        next_phase = (turn + 1) // P.slots & 1
+        more = step + 1 < steps
+        for g in gl.static_range(GROUPS):
+            acc0 = _multiply(acc0, a0, x, slot, g, PIECES, P)
+            if P.scaled:
+                scale = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, chunk, g, P)
+                acc1, unit1 = _rescale(acc1, unit1, scale)
+            if g == 0:
+                a1 = take_stage(words, scales, zeros, zero1, slot, TILE + 1, chunk, P)
+                turn = _end_block(turn)
+            acc0 = _wait(acc0)
+            acc1 = _multiply(acc1, a1, x, slot, g, PIECES, P)
+            if g < GROUPS - 1:
+                scale = take_scale(scales, scale_ptr, matrix0, slot, TILE, chunk, g + 1, P)
+                acc0, unit0 = _rescale(acc0, unit0, scale)
+            else:
+                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
+                if P.scaled:
+                    after = gl.minimum(chunk + P.stage, P.chunks - 1)
+                    scale = take_scale(scales, scale_ptr, matrix0, next_slot, TILE, after, 0, P)
+                    # After the last stage a slot holds anything.
+                    acc0, unit0 = _rescale(acc0, unit0, gl.where(more, scale, unit0))
+                a0 = take_stage(words, scales, zeros, zero0, next_slot, TILE, chunk + P.stage, P)
+                turn = _end_block(turn)
+            acc1 = _wait(acc1)
+        mbarrier.arrive(empty.index(slot))
+        turn += 1
+    return _final(acc0, unit0, P) + _final(acc1, unit1, P), turn
+
+
+@gluon.jit
+def _first_unit(scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+    """The first scales; a first group of zeros has some unit, less than any that follows."""
+    if P.scaled:
+        unit = take_scale(scales, scale_ptr, matrix, slot, tile, chunk, 0, P)
+        return gl.where(unit == 0, 1.1754943508222875e-38, unit)
+    else:
+        return 0
+
+
+@gluon.jit
+def _final(acc, unit, P: gl.constexpr):
+    if P.scaled:
+        return _times(acc, unit)
+    else:
+        return acc
