@@ -130,7 +130,7 @@ def prefill_gemm(
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, stored, matrix.scale_type, matrix.operand,
         epilogue.activation, limited, ordered, plan.block, variant.tiles, variant.slots,
-        variant.stage,
+        variant.stage, variant.consumers,
     )  # fmt: skip
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(

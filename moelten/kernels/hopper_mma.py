@@ -77,7 +77,7 @@ def warp_sums(
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile."""
-    TILES: gl.constexpr = P.tiles // 2
+    TILES: gl.constexpr = P.tiles // P.consumers
     FIRST: gl.constexpr = TILES * group
     STAGE: gl.constexpr = P.stage
     GROUPS: gl.constexpr = P.groups

@@ -28,8 +28,6 @@ from moelten.kernels.hopper_ring import (
 )
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
-# Registers of a thread of the second warpgroup, and of the producer.
-_REGISTERS = gl.constexpr([232, 40])
 
 
 @gluon.jit
@@ -86,7 +84,7 @@ def _work(
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     COUNT: gl.constexpr = len(PIECES)
-    for i in gl.static_range(P.tiles // 2 * COUNT):
+    for i in gl.static_range(P.tiles // P.consumers * COUNT):
         tile = row_tile + i // COUNT
         at = first + piece_start(PIECES, i % COUNT)
         sums = acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)])
@@ -111,7 +109,7 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
         expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
         expert = expert.to(gl.int64)
-        row_tile += P.tiles // 2 * group
+        row_tile += P.tiles // P.consumers * group
         quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
@@ -152,7 +150,7 @@ def prefill_kernel(
     SLOTS: gl.constexpr = P.slots
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
+        mbarrier.init(empty.index(slot), count=P.consumers)
     fence_async_shared()
     # What follows may start beside the last pieces, and what stands before it is then complete.
     gdc_wait()
@@ -166,8 +164,21 @@ def prefill_kernel(
         w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
         max_tiles, steps,
     )  # fmt: skip
-    gl.warp_specialize(
-        [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
-        [4, 1],
-        _REGISTERS,
-    )
+    if P.consumers == 2:
+        gl.warp_specialize(
+            [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
+            [4, 1],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (consumer, 0, P)),
+                (_consume, (consumer, 1, P)),
+                (_consume, (consumer, 2, P)),
+                (_consume, (consumer, 3, P)),
+                (produce, (producer, P)),
+            ],
+            [4, 4, 4, 1],
+            [112, 112, 112, 24],
+        )

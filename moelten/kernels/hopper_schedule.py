@@ -42,6 +42,7 @@ class WideVariant:
     slots: int
     stage: int
     tiles: int = 4
+    consumers: int = 2
 
 
 def block_of(pairs: int, num_experts: int) -> int:
