@@ -12,14 +12,12 @@ from metrics import assert_matches
 
 import moelten
 from moelten import GPT_OSS, SwiGLU, reference
-from moelten.formats import BF16, Float, Int4, Scheme, scheme
+from moelten.formats import BF16, FP8_ROW, FP16, INT8_ROW, Int4, Scheme, scheme
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
 
 SCHEMES = {
-    name: s
-    for name, s in ALL_SCHEMES.items()
-    if isinstance(s.activations, Float) and s.activations.name in ("bf16", "fp16")
+    name: s for name, s in ALL_SCHEMES.items() if s.activations in (BF16, FP16, FP8_ROW, INT8_ROW)
 }
 SHAPES = {
     "gpt-oss-120b": (scheme("mxfp4_bf16"), 32, 2880, 2880, 4, GPT_OSS, True),
@@ -38,7 +36,7 @@ SHAPES = {
 
 
 def backend(which: Scheme) -> str:
-    return "hopper" if which.activations == BF16 else "hopper-fp16"
+    return "hopper-fp16" if which.activations == FP16 else "hopper"
 
 
 def to_gpu(routing: Routing) -> Routing:

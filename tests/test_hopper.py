@@ -38,10 +38,18 @@ def test_accepts_sixteen_bit_activations(hopper_gpu):
     assert HopperBackend("fp16").refusals(spec(Scheme(FP16, FP16)), CUDA) == []
 
 
+def test_accepts_eight_bit_activations_with_a_scale_per_token(hopper_gpu):
+    """Whose codes bf16 holds, so that one packed layout serves both."""
+    for name in ("int4g128_fp8", "mxfp4_int8", "fp8_fp8", "int8_int8", "nvfp4_fp8"):
+        assert HopperBackend().refusals(spec(scheme(name)), CUDA) == []
+        assert "takes fp16" in HopperBackend("fp16").refusals(spec(scheme(name)), CUDA)[0]
+
+
 @pytest.mark.parametrize(
     "which, hidden, reason",
     [
-        (scheme("mxfp4_fp8"), 256, "takes bf16 activations"),
+        (scheme("mxfp4_fp8g128"), 256, "takes bf16 activations, and 8-bit ones"),
+        (scheme("int4g32_fp8tensor"), 256, "takes bf16 activations, and 8-bit ones"),
         (Scheme(MXFP4(), FP16), 256, "takes bf16 activations"),
         (Scheme(Int4(16), BF16), 256, "int4g16"),
         (Scheme(Float("float32"), Float("float32")), 256, "takes bf16 activations"),
@@ -78,7 +86,7 @@ def test_room_for_every_split(experts, row_tiles):
         before = room
 
 
-@pytest.mark.parametrize("which", ["mxfp4_bf16", "int4g128z_fp16"])
+@pytest.mark.parametrize("which", ["mxfp4_bf16", "int4g128z_fp16", "int4g32_fp8"])
 def test_workspace_never_shrinks(which):
     ours = ExpertSpec(ALL_SCHEMES[which], 8, 256, 128)
     sizes = [HopperBackend().workspace_bytes(ours, t, 2) for t in (*range(200), 5000, 2**33)]
@@ -102,11 +110,15 @@ class Launches(list):
         ("int4g32_bf16", 9, 4),
         ("int4g32_bf16", 150, 6),
         ("int4g32_bf16", 9000, 7),
+        ("int4g32_fp8", 9, 6),
+        ("mxfp4_int8", 150, 7),
+        ("int4g32_fp8", 9000, 8),
     ],
 )
 def test_launches_inside_the_workspace(monkeypatch, which, tokens, count, on_input):
     """Four launches for few tokens, five or (with a plan in two) six for many, one more where
-    hidden rows become fp16, and where rows differ by pair; in memory that is the workspace's."""
+    hidden rows are quantized or become fp16, and where rows of the input are or differ by pair; in
+    memory that is the workspace's."""
     pytest.importorskip("triton")
     from moelten.kernels import hopper_gemm, hopper_plan, triton_ops
 
@@ -132,7 +144,8 @@ def test_launches_inside_the_workspace(monkeypatch, which, tokens, count, on_inp
     size = backend.workspace_bytes(weights.spec, tokens, routing.top_k, on_input)
     workspace, out = torch.empty(size, dtype=torch.uint8), torch.empty_like(x)
     backend.run(x, experts, routing, out, workspace)
-    assert len(launches) == count + on_input
+    quantized = "bf16" not in which
+    assert len(launches) == count + (on_input and not quantized)
 
     def storage_of(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
@@ -146,4 +159,4 @@ def test_launches_inside_the_workspace(monkeypatch, which, tokens, count, on_inp
         launches.clear()
         less = backend.workspace_bytes(weights.spec, 5, routing.top_k, on_input)
         backend.run(x, experts, routing, out, workspace[:less])
-        assert len(launches) == 2 * (4 + on_input)
+        assert len(launches) == 2 * (count + (on_input and not quantized))

@@ -61,6 +61,7 @@ def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int):
     scale = scale_name(fmt, stored)
     types = shared_types(stored, operand, halves) | {
         "x_ptr": "*u32",
+        "x_scale_ptr": None,
         "w_ptr": "*u32",
         "scale_ptr": "*u32" if scale else None,
         "zero_ptr": "*u32" if stored.zeros else None,
@@ -113,7 +114,7 @@ def test_gather_reads_a_row_once(columns, normalized):
     names, slots, words = gather_kernel.arg_names, 6, columns // 2
     block = triton.next_power_of_2(words)
     values = {"SLOTS": slots, "WORDS": words, "WIDTH": words, "BLOCK": block}
-    types = {"x_ptr": "*i32", "inverse_ptr": "*i32", "out_ptr": "*i32"}
+    types = {"x_ptr": "*i32", "x_scale_ptr": None, "inverse_ptr": "*i32", "out_ptr": "*i32"}
     if normalized:
         types["scale_ptr"] = "*fp32"
     else:

@@ -114,8 +114,9 @@ def test_every_exponent():
         check(w, *make_input(case))
 
 
-def test_router_weight_on_the_input_and_pre_scales():
-    check_router_weights(Case(scheme("int4g64_bf16")))
+@pytest.mark.parametrize("name", ["int4g64_bf16", "int4g64_fp8"])
+def test_router_weight_on_the_input_and_pre_scales(name):
+    check_router_weights(Case(scheme(name)))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -128,14 +129,14 @@ def test_graph_from_the_first_call():
     check_graph(weights, moelten.pack(weights, backend="hopper"), 9)
 
 
-@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g128_fp16"])
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g128_fp16", "int4g128_fp8"])
 def test_a_workspace_serves_all(name):
     """Bit for bit what a call of its own memory gives, whatever it held; nothing is allocated."""
     which = SCHEMES[name]
     weights = make_layer(which, 8, 512, 384, SwiGLU(), False)
     packed = moelten.pack(weights, backend=backend(which))
     x, routing = make_call(33, 8, 512, 2)
-    x = x.to(which.activations.data_dtype)
+    x = x.to(input_dtype(which))
     wanted, out = moelten.fused_moe(x, packed, routing), torch.empty_like(x)
     size = moelten.workspace_bytes(packed, 33, 2)
     for value in (0xFF, 0x7F):
@@ -152,6 +153,10 @@ def test_same_bits_on_two_streams():
     calls = [make_call(tokens, 8, 512, 2, tokens) for tokens in (5, 90)]
     wanted = [moelten.fused_moe(x, packed, routing) for x, routing in calls]
     check_streams(packed, calls, wanted, 1000)
+
+
+def input_dtype(which: Scheme) -> torch.dtype:
+    return torch.float16 if which.activations == FP16 else torch.bfloat16
 
 
 EVERY = {
@@ -171,7 +176,7 @@ def test_every_number_of_tokens(name, shape):
     weights = make_layer(which, experts, hidden, inter, SwiGLU(), False)
     packed = moelten.pack(weights, backend=backend(which))
     x, routing = make_call(512, experts, hidden, top_k)
-    x = x.to(which.activations.data_dtype)
+    x = x.to(input_dtype(which))
     wanted, known = reference.moe(x, weights, routing), {}
     for tokens in range(1, 513):
         part = Routing(routing.ids[:tokens], routing.weights[:tokens])
@@ -187,7 +192,7 @@ def test_every_number_of_tokens(name, shape):
 def splits_of(packed, pairs: int) -> int:
     """Into how many parts GEMM2 cuts its K; 0 for the kernel for many tokens per expert."""
     spec = packed.spec
-    stored = storage(spec.scheme.weights, spec.scheme.activations.name)
+    stored = storage(spec.scheme.weights, "fp16" if spec.scheme.activations == FP16 else "bf16")
     rows, columns = spec.hidden_size, spec.intermediate_size
     if choose_wide(stored, "bfloat16", pairs, spec.num_experts, (rows, columns)):
         return 0
@@ -230,10 +235,10 @@ def test_offsets_past_2_to_31():
 
 
 def test_hopper_is_what_runs_by_default():
-    for which in (scheme("mxfp4_bf16"), scheme("fp16_fp16")):
+    for name in ("mxfp4_bf16", "fp16_fp16", "int4g128_fp8", "int8_int8"):
+        which = scheme(name)
         weights = make_layer(which, 2, 128, 64, SwiGLU(), False)
         assert moelten.pack(weights).layout.name == backend(which)
-        storage(which.weights, which.activations.name)
 
 
 def test_repeated_launches(monkeypatch):

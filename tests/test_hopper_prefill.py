@@ -76,7 +76,8 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
     }
     activation = "swiglu" if halves == 2 else "none"
     sizes = (2048, 4096, halves, stored, scale, OPERANDS[kind], activation, False, halves == 2)
-    problem = Problem(*sizes, variant.block, variant.tiles, variant.slots, variant.stage, getattr(variant, 'consumers', 2))
+    tile = (variant.block, variant.tiles, variant.slots, variant.stage, variant.consumers)
+    problem = Problem(*sizes, *tile)
     return compile_kernel(prefill_kernel, types, {"P": problem}, num_warps=4)
 
 

@@ -112,9 +112,9 @@ def test_bad_ids_duplicates_and_one_expert(always_wide):
         assert not out[(ids < 0).all(1)].any()
 
 
-def test_router_weight_on_the_input_and_pre_scales(always_wide):
-    case = Case(scheme("int4g64_bf16"), tokens=150)
-    check_router_weights(case)
+@pytest.mark.parametrize("name", ["int4g64_bf16", "int4g64_fp8", "int4g32_fp8"])
+def test_router_weight_on_the_input_and_pre_scales(always_wide, name):
+    check_router_weights(Case(scheme(name), tokens=150))
 
 
 @pytest.mark.parametrize("fmt", [Int4(32), Int4(128), Int4(64, zero_point=True), FP8((128, 128))])

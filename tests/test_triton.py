@@ -99,17 +99,19 @@ def test_quantized_rows_are_bit_exact(fmt, dtype, columns):
 
 @pytest.mark.parametrize("columns", [256, 80])
 def test_rows_stored_as_operands(columns):
-    """fp16 rows are the bf16 ones times a power of two, exactly; widened e4m3 is e4m3."""
+    """fp16 rows are the bf16 ones times a power of two, exactly; widened codes are the codes."""
     x = hard_rows(columns).to(DEVICE)
     x[0] *= torch.exp2(-torch.arange(columns, device=DEVICE) % 16)
     x[6] = 3e38
     rows = triton_ops.quantize_rows(x, BF16, dtype=torch.float16)
     assert rows.data.dtype == torch.float16 and rows.data.abs().max() < 2**15
     assert torch.equal(rows.data.double() * rows.scale.double(), x.double())
-    codes = triton_ops.quantize_rows(x, FP8_ROW)
-    wide = triton_ops.quantize_rows(x, FP8_ROW, dtype=torch.float16)
-    assert torch.equal(wide.scale, codes.scale)
-    assert torch.equal(wide.data.float(), codes.data.view(torch.float8_e4m3fn).float())
+    for fmt, code in ((FP8_ROW, torch.float8_e4m3fn), (INT8_ROW, torch.int8)):
+        codes = triton_ops.quantize_rows(x, fmt)
+        for dtype in (torch.float16, torch.bfloat16):
+            wide = triton_ops.quantize_rows(x, fmt, dtype=dtype)
+            assert wide.data.dtype == dtype and torch.equal(wide.scale, codes.scale)
+            assert torch.equal(wide.data.float(), codes.data.view(code).float())
 
 
 @pytest.mark.parametrize("fmt", [FP8_TENSOR, NVFP4(), INT8_ROW], ids=lambda fmt: fmt.name)

@@ -17,7 +17,7 @@ SUITES = (
     ),
     (
         *("test_triton_fuzz.py", "test_triton_quantized.py", "test_triton_routing.py"),
-        *("test_triton_workspace.py", "test_stages.py"),
+        *("test_triton_workspace.py", "test_stages.py", "test_hopper_flow.py"),
     ),
 )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moelten.errors import FormatError, UnsupportedError
-from moelten.formats import Float
+from moelten.formats import FP8_ROW, INT8_ROW, Float
 from moelten.kernels.arena import ArenaBackend, Take
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_layout import HopperLayout
@@ -38,6 +38,9 @@ from moelten.weights import ExpertSpec
 if TYPE_CHECKING:
     from moelten.kernels.triton_epilogue import Epilogue
     from moelten.kernels.triton_ops import Rows, TilePlan
+
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,15 @@ class HopperBackend(ArenaBackend):
         if find_spec("triton") is None:
             reasons.append("Triton is not installed: pip install 'moelten[triton]'")
         activations = spec.scheme.activations
-        if not isinstance(activations, Float) or activations.name != self.operand:
-            reasons.append(f"takes {self.operand} activations, not {activations.name}")
+        if isinstance(activations, Float):
+            if activations.name != self.operand:
+                reasons.append(f"takes {self.operand} activations, not {activations.name}")
+        elif self.operand != "bf16" or activations not in (FP8_ROW, INT8_ROW):
+            reasons.append(
+                f"takes {self.operand} activations"
+                + (", and 8-bit ones with a scale per token," if self.operand == "bf16" else "")
+                + f" not {activations.name}"
+            )
         try:
             storage(spec.scheme.weights, self.operand)
         except UnsupportedError as error:
@@ -89,27 +99,33 @@ class HopperBackend(ArenaBackend):
 
         fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
         pairs, experts = tokens * top_k, spec.num_experts
-        weights = spec.scheme.weights
+        weights, own = spec.scheme.weights, _DTYPES[self.operand]
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts, (hidden_size, inter))
         block = variant.block if variant else block_of(pairs, experts)
+        dtype = torch.float16 if variant and stored.folded else own
+        plain = isinstance(fmt, Float)
         inputs = wide = None
-        if on_input or "w13_pre_scale" in spec.extras:
-            inputs = empty_rows(take, pairs, hidden_size, fmt)
+        by_pair = on_input or "w13_pre_scale" in spec.extras
+        if by_pair or not plain:
+            count = pairs if by_pair else tokens
+            inputs = empty_rows(take, count, hidden_size, fmt, dtype=None if plain else dtype)
         plan = empty_plan(take, pairs, experts, block, inverse=variant is not None)
-        hidden = take(fmt.data_dtype, 1, pairs, -(-inter // 32) * 32)
+        width = -(-inter // 32) * 32
+        hidden = take(own if plain else torch.float32, 1, pairs, width)
+        # Codes of 8 bits, or bf16 rows for operands of fp16: those times a power of two each.
+        scaled = not plain or dtype != own
+        place = hidden[0].view(dtype) if plain else take(dtype, pairs, width)
+        rows = Rows(place, take(torch.float32, pairs, 1) if scaled else None)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
-            # bf16 rows for operands of fp16 become that, times a power of two of each row.
-            dtype = torch.float16 if stored.folded else fmt.data_dtype
-            scaled = dtype != fmt.data_dtype
-            scales = [take(torch.float32, pairs, 1) if scaled else None for _ in "12"]
-            rows = slots.view(dtype)[: pairs * width].view(pairs, width)
-            wide = _Wide(variant, Rows(rows, scales[0]), Rows(hidden[0].view(dtype), scales[1]))
-        return _Stages(plan, inputs, hidden, slots, wide)
+            scales = take(torch.float32, pairs, 1) if scaled else None
+            first = slots.view(dtype)[: pairs * width].view(pairs, width)
+            wide = _Wide(variant, Rows(first, scales))
+        return _Stages(plan, inputs, hidden, rows, slots, wide)
 
     def run_chunk(
         self, x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
@@ -146,7 +162,7 @@ class HopperBackend(ArenaBackend):
 
 
 def _few(
-    rows: Tensor,
+    rows: Rows,
     rows_per_source: int,
     experts: PackedExperts,
     stages: _Stages,
@@ -156,6 +172,7 @@ def _few(
 ) -> Tensor:
     """Both GEMMs for few tokens per expert: the slots [splits, P, H]."""
     from moelten.kernels.hopper_gemm import grouped_gemm, matrices
+    from moelten.kernels.triton_ops import Rows
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden
     sizes = (w13.stored, plan.block, pairs, experts.spec.num_experts)
@@ -164,13 +181,17 @@ def _few(
     grouped_gemm(
         rows, w13, plan, hidden, v13, first=True, rows_per_source=rows_per_source, epilogue=first
     )
+    # What this GEMM writes and reads is padded to 8 columns, not to 32.
+    width = -(-w2.columns // 8) * 8
+    narrow = Rows(_of_width(stages.rows.data, width), stages.rows.scale)
+    rows = _requantize(_of_width(hidden[0], width), experts, narrow)
     slots = stages.slots[: v2.splits * pairs * w2.rows].view(v2.splits, pairs, w2.rows)
-    grouped_gemm(hidden, w2, plan, slots, v2, first=False, epilogue=second)
+    grouped_gemm(rows, w2, plan, slots, v2, first=False, epilogue=second)
     return slots
 
 
 def _many(
-    rows: Tensor,
+    rows: Rows,
     rows_per_source: int,
     experts: PackedExperts,
     stages: _Stages,
@@ -181,39 +202,50 @@ def _many(
     """Both GEMMs for many tokens per expert: the slots [1, P, H]."""
     from moelten.kernels.hopper_gemm import matrices, prefill_gemm
     from moelten.kernels.hopper_plan import gather
-    from moelten.kernels.triton_ops import quantize_rows
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
     assert plan.inverse is not None
-    gather(rows, rows_per_source, plan.inverse, wide.first.data, wide.first.scale)
-    prefill_gemm(wide.first, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
-    if wide.second.scale is not None:
-        quantize_rows(hidden, experts.spec.scheme.activations, rows=wide.second)
+    gather(rows, rows_per_source, plan.inverse, wide.rows)
+    prefill_gemm(wide.rows, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
+    rows = _requantize(hidden, experts, stages.rows)
     pairs = len(hidden)
     slots = stages.slots[: pairs * w2.rows].view(pairs, w2.rows)
-    prefill_gemm(wide.second, w2, plan, slots, wide.variant, ordered=False, epilogue=second)
+    prefill_gemm(rows, w2, plan, slots, wide.variant, ordered=False, epilogue=second)
     return slots[None]
+
+
+def _of_width(rows: Tensor, width: int) -> Tensor:
+    """As many rows of fewer columns, in the same place."""
+    return rows.flatten()[: len(rows) * width].view(len(rows), width)
+
+
+def _requantize(hidden: Tensor, experts: PackedExperts, rows: Rows) -> Rows:
+    """GEMM2's rows: hidden itself, unless they have scales."""
+    from moelten.kernels.triton_ops import quantize_rows
+
+    if rows.scale is None:
+        return rows
+    return quantize_rows(hidden, experts.spec.scheme.activations, rows=rows)
 
 
 @dataclass(frozen=True)
 class _Wide:
     """What many tokens per expert need.
 
-    first:  [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
-    second: [P, I rounded up to 32], rows of GEMM2 by position; the place of the hidden rows
+    rows: [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
     """
 
     variant: WideVariant
-    first: Rows
-    second: Rows
+    rows: Rows
 
 
 @dataclass(frozen=True)
 class _Stages:
     """Where the stages of one chunk write: P pairs, valid or not.
 
-    inputs: rows of the input by pair, [P]; None where GEMM1 reads x itself
-    hidden: [1, P, I rounded up to 32], in the operand type
+    inputs: rows of the input, [T] or [P]; None where GEMM1 reads x itself
+    hidden: [1, P, I rounded up to 32], in the operand type, or fp32 where it is quantized
+    rows:   of GEMM2: hidden itself, or quantized
     slots:  fp32, of which splits * P rows are used
     wide:   None for few tokens per expert
     """
@@ -221,6 +253,7 @@ class _Stages:
     plan: TilePlan
     inputs: Rows | None
     hidden: Tensor
+    rows: Rows
     slots: Tensor
     wide: _Wide | None
 
@@ -231,15 +264,16 @@ def _row_tiles(rows: int) -> int:
 
 def _input_rows(
     x: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None
-) -> tuple[Tensor, int]:
+) -> tuple[Rows, int]:
     """Rows of x, and how many pairs share each: top_k, unless pairs differ by expert."""
-    from moelten.kernels.triton_ops import Pairs, quantize_rows
+    from moelten.kernels.triton_ops import Pairs, Rows, quantize_rows
 
     spec = experts.spec
+    fmt, pre = spec.scheme.activations, experts.tensors.get("w13_pre_scale")
     if rows is None:
-        return x, routing.top_k
+        return Rows(x), routing.top_k
+    if not routing.on_input and pre is None:
+        return quantize_rows(x, fmt, rows=rows), routing.top_k
     router = routing.weights if routing.on_input else None
-    pre = experts.tensors.get("w13_pre_scale")
     pairs = Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre)
-    quantize_rows(x, spec.scheme.activations, pairs, by_token=True, rows=rows)
-    return rows.data, 1
+    return quantize_rows(x, fmt, pairs, by_token=True, rows=rows), 1

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moelten.kernels.hopper_epilogue import finish, store_pairs
+from moelten.kernels.hopper_epilogue import finish, scale_tokens, store_pairs
 from moelten.kernels.hopper_fragments import (
     chunk_word,
     chunk_zero,
@@ -172,7 +172,7 @@ def _load_tokens(at, inside, column, step, WARPS: gl.constexpr, ROW_WORDS: gl.co
 
 @gluon.jit
 def _tile(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr, table_ptr,
+    x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr, table_ptr,
     post_ptr, router_ptr, out_ptr, first_pair, stop_pair, expert, row_tile, split,
     per_split, matrix, rows_per_source, alpha, beta, limit,
     K: gl.constexpr, N: gl.constexpr, HALVES: gl.constexpr, W: gl.constexpr, SCALE: gl.constexpr,
@@ -183,6 +183,8 @@ def _tile(
         x_ptr, w_ptr, scale_ptr, zero_ptr, first_pair, stop_pair, pairs_ptr, matrix, split,
         per_split, rows_per_source, K, W, SCALE, OPERAND, TOKENS, WARPS, WAIT,
     )  # fmt: skip
+    if x_scale_ptr is not None:
+        acc = scale_tokens(acc, x_scale_ptr, first_pair, stop_pair, pairs_ptr, rows_per_source)
     y = finish(
         acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, split,
         alpha, beta, limit, N, (N * HALVES + 63) // 64, W, HALVES, ACTIVATION, LIMITED,
@@ -193,8 +195,8 @@ def _tile(
 
 @gluon.jit(do_not_specialize=_RUNTIME)
 def decode_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, tiles_ptr, count_ptr, max_tiles,
-    bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr, splits, per_split, split_stride,
+    x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, tiles_ptr, count_ptr,
+    max_tiles, bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr, splits, per_split, split_stride,
     alpha, beta, limit, rows_per_source,
     K: gl.constexpr, N: gl.constexpr, HALVES: gl.constexpr, W: gl.constexpr, SCALE: gl.constexpr,
     OPERAND: gl.constexpr, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr,
@@ -221,16 +223,16 @@ def decode_kernel(
     out_ptr += split * split_stride
     if BLOCK > 8 and stop - first > 8:
         _tile(
-            x_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr, table_ptr,
-            post_ptr, router_ptr, out_ptr, first, stop, expert, row_tile, split, per_split, matrix,
-            rows_per_source, alpha, beta, limit,
+            x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr,
+            table_ptr, post_ptr, router_ptr, out_ptr, first, stop, expert, row_tile, split,
+            per_split, matrix, rows_per_source, alpha, beta, limit,
             K, N, HALVES, W, SCALE, OPERAND, ACTIVATION, LIMITED, BLOCK, WARPS, not FIRST,
         )  # fmt: skip
     else:
         # Most tiles of small experts: fewer columns than BLOCK cost less.
         _tile(
-            x_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr, table_ptr,
-            post_ptr, router_ptr, out_ptr, first, stop, expert, row_tile, split, per_split, matrix,
-            rows_per_source, alpha, beta, limit,
+            x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr,
+            table_ptr, post_ptr, router_ptr, out_ptr, first, stop, expert, row_tile, split,
+            per_split, matrix, rows_per_source, alpha, beta, limit,
             K, N, HALVES, W, SCALE, OPERAND, ACTIVATION, LIMITED, 8, WARPS, not FIRST,
         )  # fmt: skip

@@ -9,11 +9,17 @@ from moelten.kernels.triton_epilogue import activate
 
 
 @gluon.jit
-def scale_tokens(acc, scale_ptr, first, stop):
-    """Sums [row group, b, g, tokens], times the scales of their rows of activations."""
+def scale_tokens(acc, scale_ptr, first, stop, pairs_ptr, rows_per_source):
+    """Sums [row group, b, g, tokens], times the scales of their rows of activations.
+
+    Rows are by position, or, where pairs are given, by pair, of which so many share one.
+    """
     L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout)))
     row = first + gl.arange(0, acc.shape[3], L)
-    return acc * gl.load(scale_ptr + row, mask=row < stop, other=0.0)[None, None, None, :]
+    inside = row < stop
+    if pairs_ptr is not None:
+        row = gl.load(pairs_ptr + row, mask=inside, other=0) // rows_per_source
+    return acc * gl.load(scale_ptr + row, mask=inside, other=0.0)[None, None, None, :]
 
 
 @gluon.jit

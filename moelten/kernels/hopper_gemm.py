@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from moelten.formats import Float
 from moelten.kernels.hopper_codes import Storage, storage
 from moelten.kernels.hopper_decode import decode_kernel
 from moelten.kernels.hopper_prefill import prefill_kernel
@@ -61,7 +62,9 @@ class Matrix:
 
 def matrices(experts: PackedExperts) -> tuple[Matrix, Matrix]:
     """w13 and w2."""
-    spec, operand = experts.spec, experts.spec.scheme.activations.name
+    spec, activations = experts.spec, experts.spec.scheme.activations
+    # Codes of 8 bits are exact in bf16, and scales of rows multiply sums.
+    operand = activations.name if isinstance(activations, Float) else "bf16"
     kind = storage(spec.scheme.weights, operand), _OPERANDS[operand]
     hidden, inter = spec.hidden_size, spec.intermediate_size
     return (
@@ -71,7 +74,7 @@ def matrices(experts: PackedExperts) -> tuple[Matrix, Matrix]:
 
 
 def grouped_gemm(
-    x: Tensor,
+    x: Rows,
     matrix: Matrix,
     plan: TilePlan,
     out: Tensor,
@@ -83,7 +86,7 @@ def grouped_gemm(
 ) -> None:
     """Write out[s, p] for every valid pair p, from row p // rows_per_source of x.
 
-    x:       [R, K rounded up to 8] in the operand type
+    x:       [R, K rounded up to 8] in the operand type, and the scales of its rows, if any
     out:     [splits, P, N rounded up to 8], what each split of K brings; rows of invalid pairs are
              not written
     first:   whether this is the first GEMM after the plan
@@ -93,7 +96,7 @@ def grouped_gemm(
     steps = -(-matrix.columns // (64 * variant.warps))
     launch(
         decode_kernel, (plan.max_tiles * matrix.row_tiles * variant.splits,),
-        _words(x), _words(matrix.parts["data"]), _words(scale), _words(zero),
+        _words(x.data), x.scale, _words(matrix.parts["data"]), _words(scale), _words(zero),
         matrix.parts.get("row_scale"), plan.pairs, plan.tiles, plan.count, plan.max_tiles,
         epilogue.bias, table, epilogue.post_scale,
         None if epilogue.router is None else epilogue.router.contiguous(),

@@ -72,6 +72,28 @@ def _add(acc, part, scale):
 
 
 @gluon.jit
+def _add_chunk(
+    acc, part, a, b, scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, last: gl.constexpr,
+    PIECES: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """Sums of a row tile, and products that wait for the scales of their group, after a chunk.
+
+    last: whether the chunk is the last of its group
+    """
+    GROUPS: gl.constexpr = P.groups
+    if P.scaled:
+        for g in gl.static_range(GROUPS):
+            part = _dot(part, a, b, g, P)
+            if last:
+                scale = take_scale(scales, scale_ptr, matrix, slot, tile, chunk, g, P)
+                acc = _add(acc, part, scale)
+                part = _zeros(PIECES)
+        return acc, part
+    else:
+        return _dot(acc, a, b, 0, P), part
+
+
+@gluon.jit
 def warp_sums(
     words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
@@ -80,49 +102,39 @@ def warp_sums(
     TILES: gl.constexpr = P.tiles // P.consumers
     FIRST: gl.constexpr = TILES * group
     STAGE: gl.constexpr = P.stage
-    GROUPS: gl.constexpr = P.groups
     SPAN: gl.constexpr = max(P.weights.group // 64, 1)  # chunks of a group
     matrix = ()
     zero = ()
     acc = ()
-    none = _zeros(PIECES)
+    none = ()
     for t in gl.static_range(TILES):
         m, z = find_row_tile(zero_ptr, expert, row_tile + t, P)
         matrix = matrix + (m,)
         zero = zero + (z,)
-        acc = acc + (none,)
+        acc = acc + (_zeros(PIECES),)
+        none = none + (_zeros(PIECES),)
     for step in range(steps):
         slot = turn % P.slots
         mbarrier.wait(full.index(slot), turn // P.slots & 1)
-        part = acc
-        if P.scaled:
-            part = (none,) * TILES
+        part = none
         for c in gl.static_range(STAGE):
             chunk = step * P.stage + c
             b = _take_tokens(x, slot, c, PIECES, P)
-            next_part = ()
-            next_acc = ()
+            sums = ()
+            rest = ()
             for t in gl.static_range(TILES):
                 a = take_weights(words, scales, zeros, zero[t], slot, FIRST + t, chunk, c, P)
-                p = part[t]
-                s = acc[t]
-                for g in gl.static_range(GROUPS):
-                    p = _dot(p, a, b, g, P)
-                    if P.scaled and (c + 1) % SPAN == 0:
-                        scale = take_scale(
-                            scales, scale_ptr, matrix[t], slot, FIRST + t, chunk, g, P
-                        )
-                        s = _add(s, p, scale)
-                        p = none
-                next_part = next_part + (p,)
-                next_acc = next_acc + (s,)
-            part = next_part
-            acc = next_acc
-        if not P.scaled:
-            acc = part
+                own, waiting = _add_chunk(
+                    acc[t], part[t], a, b, scales, scale_ptr, matrix[t], slot, FIRST + t, chunk,
+                    (c + 1) % SPAN == 0, PIECES, P,
+                )  # fmt: skip
+                sums = sums + (own,)
+                rest = rest + (waiting,)
+            acc = sums
+            part = rest
         mbarrier.arrive(empty.index(slot))
         turn += 1
-    sums = ()
+    out = ()
     for t in gl.static_range(TILES):
-        sums = sums + acc[t]
-    return sums, turn
+        out = out + acc[t]
+    return out, turn

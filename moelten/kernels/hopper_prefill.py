@@ -4,9 +4,9 @@
 
 Programs stay on their multiprocessors and walk through pieces of work: `tiles` times 64 rows of one
 expert's matrix by up to `block` of its tokens. One warp brings packed weights and activations
-(`hopper_ring`) while two warpgroups, half of the rows each, decode weights in registers and multiply from
-there: by instructions of whole warpgroups for many tokens (`hopper_wgmma`), of single warps for
-few (`hopper_mma`). Activations come sorted by expert, columns in the order of operands, so that a
+(`hopper_ring`) while warpgroups share the rows, decode weights in registers and multiply from
+there: by instructions of whole warpgroups for many tokens (`hopper_wgmma`), of single warps for few
+(`hopper_mma`). Activations come sorted by expert, columns in the order of operands, so that a
 tile's are one block of memory. A tile of few tokens multiplies quarters of the block.
 """
 
@@ -27,7 +27,6 @@ from moelten.kernels.hopper_ring import (
     produce,
 )
 from moelten.kernels.hopper_wgmma import warpgroup_sums
-
 
 
 @gluon.jit
@@ -89,7 +88,7 @@ def _work(
         at = first + piece_start(PIECES, i % COUNT)
         sums = acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)])
         if x_scale_ptr is not None:
-            sums = scale_tokens(sums, x_scale_ptr, at, stop)
+            sums = scale_tokens(sums, x_scale_ptr, at, stop, None, 1)
         y = finish(
             sums, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, tile, 0,
             alpha, beta, limit, P.rows, P.row_tiles, W, P.halves, ACTIVATION, P.limited,

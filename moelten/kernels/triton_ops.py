@@ -420,7 +420,9 @@ def quantize_kernel(
             scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], (GROUPS, GROUP)))
             codes = encode_int8(scaled) if KIND == "int8" else encode_e4m3(scaled)
             if codes_ptr.dtype.element_ty.is_floating():
-                codes = round_to(decode_e4m3(codes, False), codes_ptr.dtype.element_ty)
+                # Exact in 16 bits.
+                codes = codes.to(tl.float32) if KIND == "int8" else decode_e4m3(codes, False)
+                codes = round_to(codes, codes_ptr.dtype.element_ty)
             tl.store(codes_ptr + row * columns + k, codes, mask=inside)
 
 

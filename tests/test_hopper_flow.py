@@ -1,0 +1,128 @@
+"""All of the Hopper backend but its GEMMs, against the reference, in Triton's interpreter.
+
+The GEMMs, which only a Hopper GPU runs, are replaced by what they promise to write, computed from
+the weights: so rows, positions, orders of columns, scales and paddings must all fit together.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, make_input, make_weights
+from metrics import assert_matches
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs through test_triton_interpreter.py", allow_module_level=True)
+
+from moelten import dequantize, reference
+from moelten.formats import scheme
+from moelten.kernels import hopper_gemm, hopper_plan
+from moelten.kernels.hopper import HopperBackend
+from moelten.packed import PackedExperts
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def in_order(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """Columns as they are in memory, of rows in the order of operands; the rest are zeros."""
+    rows = rows.view(len(rows), -1, 4, 4, 2).transpose(2, 3).reshape(rows.shape)
+    assert not rows[:, columns:].any()
+    return rows[:, :columns]
+
+
+def out_of_order(rows: torch.Tensor) -> torch.Tensor:
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32))
+    return rows.view(len(rows), -1, 4, 4, 2).transpose(2, 3).reshape(rows.shape)
+
+
+class Gemms:
+    """`hopper_gemm.grouped_gemm` and `prefill_gemm`, by their promises, for layers of weights."""
+
+    def __init__(self, weights):
+        self.weights, self.calls = weights, []
+
+    def layer(self, matrix, rows, expert: int, epilogue) -> torch.Tensor:
+        """[rows, N] of one expert, in fp64, lest codes of what is quantized again flip."""
+        first = matrix.rows == self.weights.spec.intermediate_size
+        w = dequantize((self.weights.w13 if first else self.weights.w2)[expert], torch.float64)
+        if not first:
+            y = rows @ w.T
+            return y if epilogue.bias is None else y + epilogue.bias[expert]
+        y = torch.einsum("rk,hnk->rhn", rows, w)
+        if epilogue.bias is not None:
+            y = y + epilogue.bias[expert].view(y.shape[1:])
+        y = self.weights.activation(y, torch.full((len(rows),), expert))
+        return y if epilogue.post_scale is None else y * epilogue.post_scale[expert]
+
+    def tiles(self, plan):
+        for tile in range(int(plan.count)):
+            yield [int(plan.tiles.view(3, -1)[i, tile]) for i in range(3)]
+
+    def few(self, x, matrix, plan, out, variant, *, first, rows_per_source=1, epilogue):
+        self.calls.append("few")
+        columns, width = -(-matrix.columns // 8) * 8, -(-matrix.rows // 8) * 8
+        data = x.data.flatten()
+        out[1:] = 0
+        into = out[0].flatten()
+        for expert, start, stop in self.tiles(plan):
+            for pair in plan.pairs[start:stop].tolist():
+                source = pair // rows_per_source
+                row = data[source * columns :][: matrix.columns].double()
+                if x.scale is not None:
+                    row = row * x.scale[source]
+                y = self.layer(matrix, row[None], expert, epilogue)[0]
+                if epilogue.router is not None:
+                    y = y * epilogue.router.flatten()[pair]
+                into[pair * width :][:width] = 0
+                into[pair * width :][: matrix.rows] = y.to(out.dtype)
+
+    def many(self, x, matrix, plan, out, variant, *, ordered, epilogue):
+        self.calls.append("many")
+        for expert, start, stop in self.tiles(plan):
+            rows = in_order(x.data[start:stop], matrix.columns).double()
+            if x.scale is not None:
+                rows = rows * x.scale[start:stop].view(-1, 1)
+            y = self.layer(matrix, rows, expert, epilogue).to(out.dtype)
+            out[start:stop] = out_of_order(y) if ordered else y
+
+
+@pytest.fixture
+def no_overlap(monkeypatch):
+    """The interpreter has no instructions that let launches overlap."""
+    monkeypatch.setattr(hopper_plan, "gdc_wait", lambda: None)
+    monkeypatch.setattr(hopper_plan, "gdc_launch_dependents", lambda: None)
+
+
+def run(monkeypatch, weights, x, routing) -> tuple[torch.Tensor, list[str]]:
+    gemms = Gemms(weights)
+    monkeypatch.setattr(hopper_gemm, "grouped_gemm", gemms.few)
+    monkeypatch.setattr(hopper_gemm, "prefill_gemm", gemms.many)
+    operand = "fp16" if weights.spec.scheme.activations.name == "fp16" else "bf16"
+    backend, out = HopperBackend(operand), torch.full_like(x, torch.nan)
+    packed = PackedExperts.pack(weights.spec, weights.experts(), backend.layout, x.device)
+    size = backend.workspace_bytes(weights.spec, len(x), routing.top_k, routing.on_input)
+    workspace = torch.full((size,), 0x7F, dtype=torch.uint8)
+    backend.run(x, packed, routing, out, workspace)
+    return out, gemms.calls
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("tokens", [9, 70, 200])
+@pytest.mark.parametrize(
+    "name", ["mxfp4_bf16", "int4g32_bf16", "int4_fp8", "int4g32_fp8", "int8_int8", "fp8_fp16"]
+)
+def test_layers(monkeypatch, no_overlap, name, tokens, on_input):
+    """Whole groups of columns, or sizes that are padded to 8 by one kernel and to 32 by another."""
+    sizes = (192, 96) if "g32" in name or name == "mxfp4_bf16" else (200, 88)
+    case = Case(scheme(name), 4, *sizes, tokens, top_k=2, biases=True)
+    weights, (x, routing) = make_weights(case), make_input(case)
+    pre_scale = torch.rand(4, sizes[1], generator=torch.Generator().manual_seed(1)) + 0.5
+    weights = replace(weights, w2_pre_scale=pre_scale)
+    routing.ids[3] = -1
+    routing = replace(routing, on_input=on_input)
+    out, calls = run(monkeypatch, weights, x, routing)
+    assert calls == ["few" if tokens == 9 else "many"] * 2
+    assert_matches(out, reference.moe(x, weights, routing))
