@@ -117,58 +117,86 @@ def _end_block(turn):
 
 
 @gluon.jit
+def _put(items, index: gl.constexpr, item):
+    """The tuple with another item at its index."""
+    out = ()
+    for i in gl.static_range(len(items)):
+        out = out + (item if i == index else items[i],)
+    return out
+
+
+@gluon.jit
 def warpgroup_sums(
     words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [64, tokens] of a warpgroup's two row tiles, in pieces of tokens, tile after tile.
+    """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile.
 
-    While a row tile multiplies, the other is decoded, and its sums are brought to its next scales.
+    Row tiles take turns, group after group. While one multiplies, the one whose turn is next is
+    decoded, and its sums are brought to its next scales.
     """
-    TILE: gl.constexpr = 2 * group
-    GROUPS: gl.constexpr = P.groups
-    matrix0, zero0 = find_row_tile(zero_ptr, expert, row_tile, P)
-    matrix1, zero1 = find_row_tile(zero_ptr, expert, row_tile + 1, P)
-    acc0 = _zeros(PIECES)
-    acc1 = acc0
+    TILES: gl.constexpr = P.tiles // P.consumers
+    FIRST: gl.constexpr = TILES * group
+    TURNS: gl.constexpr = TILES * P.groups
     slot = turn % P.slots
     start = turn * 0
     mbarrier.wait(full.index(slot), turn // P.slots & 1)
-    unit0 = _first_unit(scales, scale_ptr, matrix0, slot, TILE, start, P)
-    unit1 = _first_unit(scales, scale_ptr, matrix1, slot, TILE + 1, start, P)
-    a0 = take_stage(words, scales, zeros, zero0, slot, TILE, start, P)
+    matrix = ()
+    zero = ()
+    acc = ()
+    unit = ()
+    for t in gl.static_range(TILES):
+        m, z = find_row_tile(zero_ptr, expert, row_tile + t, P)
+        matrix = matrix + (m,)
+        zero = zero + (z,)
+        acc = acc + (_zeros(PIECES),)
+        unit = unit + (_first_unit(scales, scale_ptr, m, slot, FIRST + t, start, P),)
+    first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P)
     for step in range(steps):
         slot = turn % P.slots
         chunk = step * P.stage
         next_slot = (turn + 1) % P.slots
         next_phase = (turn + 1) // P.slots & 1
         more = step + 1 < steps
-        for g in gl.static_range(GROUPS):
-            acc0 = _multiply(acc0, a0, x, slot, g, PIECES, P)
-            if P.scaled:
-                scale = take_scale(scales, scale_ptr, matrix1, slot, TILE + 1, chunk, g, P)
-                acc1, unit1 = _rescale(acc1, unit1, scale)
-            if g == 0:
-                a1 = take_stage(words, scales, zeros, zero1, slot, TILE + 1, chunk, P)
-                turn = _end_block(turn)
-            acc0 = _wait(acc0)
-            acc1 = _multiply(acc1, a1, x, slot, g, PIECES, P)
-            if g < GROUPS - 1:
-                scale = take_scale(scales, scale_ptr, matrix0, slot, TILE, chunk, g + 1, P)
-                acc0, unit0 = _rescale(acc0, unit0, scale)
+        a = (first,)
+        for i in gl.static_range(TURNS):
+            now = acc[i % TILES]
+            now = _multiply(now, a[i % TILES], x, slot, i // TILES, PIECES, P)
+            if i + 1 < TURNS:
+                if P.scaled:
+                    scale = take_scale(
+                        scales, scale_ptr, matrix[(i + 1) % TILES], slot, FIRST + (i + 1) % TILES,
+                        chunk, (i + 1) // TILES, P,
+                    )  # fmt: skip
+                    sums, own = _rescale(acc[(i + 1) % TILES], unit[(i + 1) % TILES], scale)
+                    acc = _put(acc, (i + 1) % TILES, sums)
+                    unit = _put(unit, (i + 1) % TILES, own)
+                if i + 1 < TILES:
+                    tile = take_stage(
+                        words, scales, zeros, zero[i + 1], slot, FIRST + i + 1, chunk, P
+                    )
+                    a = a + (tile,)
+                    turn = _end_block(turn)
             else:
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
                 if P.scaled:
                     after = gl.minimum(chunk + P.stage, P.chunks - 1)
-                    scale = take_scale(scales, scale_ptr, matrix0, next_slot, TILE, after, 0, P)
+                    scale = take_scale(scales, scale_ptr, matrix[0], next_slot, FIRST, after, 0, P)
                     # After the last stage a slot holds anything.
-                    acc0, unit0 = _rescale(acc0, unit0, gl.where(more, scale, unit0))
-                a0 = take_stage(words, scales, zeros, zero0, next_slot, TILE, chunk + P.stage, P)
+                    sums, own = _rescale(acc[0], unit[0], gl.where(more, scale, unit[0]))
+                    acc = _put(acc, 0, sums)
+                    unit = _put(unit, 0, own)
+                first = take_stage(
+                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.stage, P
+                )
                 turn = _end_block(turn)
-            acc1 = _wait(acc1)
+            acc = _put(acc, i % TILES, _wait(now))
         mbarrier.arrive(empty.index(slot))
         turn += 1
-    return _final(acc0, unit0, P) + _final(acc1, unit1, P), turn
+    out = ()
+    for t in gl.static_range(TILES):
+        out = out + _final(acc[t], unit[t], P)
+    return out, turn
 
 
 @gluon.jit
