@@ -190,12 +190,13 @@ def test_every_number_of_tokens(name, shape):
 
 
 def splits_of(packed, pairs: int) -> int:
-    """Into how many parts GEMM2 cuts its K; 0 for the kernel for many tokens per expert."""
+    """Into how many parts GEMM2 cuts its K; 0 and -1 for the kernels for many and some tokens."""
     spec = packed.spec
     stored = storage(spec.scheme.weights, "fp16" if spec.scheme.activations == FP16 else "bf16")
     rows, columns = spec.hidden_size, spec.intermediate_size
-    if choose_wide(stored, "bfloat16", pairs, spec.num_experts, (rows, columns)):
-        return 0
+    wide = choose_wide(stored, "bfloat16", pairs, spec.num_experts, (rows, columns))
+    if wide:
+        return -1 if wide.by_warp else 0
     sizes = block_of(pairs, spec.num_experts), pairs, spec.num_experts
     return make_variant(stored, *sizes, -(-rows // 64), columns, may_split=True).splits
 
@@ -241,8 +242,9 @@ def test_hopper_is_what_runs_by_default():
         assert moelten.pack(weights).layout.name == backend(which)
 
 
-def test_repeated_launches(monkeypatch):
-    """Calls of one size: on other memory, on another thread, on another stream, the same bits."""
+@pytest.mark.parametrize("tokens", [7, 60, 400])
+def test_repeated_launches(monkeypatch, tokens):
+    """Calls of one size: on other memory, on another thread or stream, the same bits."""
     triton = pytest.importorskip("triton")
     weights = make_layer(scheme("int4g32_bf16"), 8, 512, 384, SwiGLU(), False)
     first = moelten.pack(weights, backend="hopper")
@@ -250,9 +252,9 @@ def test_repeated_launches(monkeypatch):
     other = moelten.pack(
         make_layer(scheme("int4g32_bf16"), 8, 512, 384, SwiGLU(), False, seed=5), backend="hopper"
     )
-    x, routing = make_call(7, 8, 512, 2)
-    padded = torch.zeros(7 * 512 + 4, dtype=x.dtype, device="cuda")
-    odd = padded[4:].view(7, 512).copy_(x)  # an address that is no multiple of 16
+    x, routing = make_call(tokens, 8, 512, 2)
+    padded = torch.zeros(tokens * 512 + 4, dtype=x.dtype, device="cuda")
+    odd = padded[4:].view(tokens, 512).copy_(x)  # an address that is no multiple of 16
     wanted = reference.moe(x, weights, routing)
     out = moelten.fused_moe(x, first, routing)
     assert_matches(out, wanted)

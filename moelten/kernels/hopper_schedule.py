@@ -44,6 +44,11 @@ class WideVariant:
     tiles: int = 4
     consumers: int = 2
 
+    @property
+    def by_warp(self) -> bool:
+        """Whether warps multiply by themselves, which costs what the tokens cost."""
+        return self.block <= 32
+
 
 def block_of(pairs: int, num_experts: int) -> int:
     """Pairs per tile: wide tiles cost every tile some speed, narrow ones large experts a pass more.

@@ -160,8 +160,7 @@ def warpgroup_sums(
         more = step + 1 < steps
         a = (first,)
         for i in gl.static_range(TURNS):
-            now = acc[i % TILES]
-            now = _multiply(now, a[i % TILES], x, slot, i // TILES, PIECES, P)
+            now = _multiply(acc[i % TILES], a[i % TILES], x, slot, i // TILES, PIECES, P)
             if i + 1 < TURNS:
                 if P.scaled:
                     scale = take_scale(

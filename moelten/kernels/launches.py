@@ -7,8 +7,8 @@ it keeps what the driver was told, each address as a place in one of the tensors
 
 The first time of all, `Launches` has the kernels compiled side by side before any is launched.
 
-Recorded on NVIDIA GPUs alone, and without clusters, scratch memory or tensor maps from the host;
-Triton's launch hooks see the first call and not its repetitions.
+Recorded on NVIDIA GPUs alone, and without clusters or scratch memory; Triton's launch hooks see the
+first call and not its repetitions.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelten.kernels.tensor_maps import TensorMap
+
 # What Triton takes for granted of all addresses or of none: its code may differ between the two.
 _ALIGNMENT = 16
 _NO_CONTEXT = 201
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _SCRATCH = 2  # null pointers behind a kernel's own, which Triton adds and these kernels do not use
+_DESCRIPTOR = "tensordesc<"
 _NUMBERS: dict[str, Any] = {
     "i1": ctypes.c_int8,
     "i32": ctypes.c_int32,
@@ -88,6 +91,7 @@ class _Launch:
     """One launch, as the driver takes it.
 
     slots: where the address that each pointer has now will be found, and a null pointer under 0
+    maps:  tensor maps among its arguments, and where their addresses will be found
     """
 
     def __init__(
@@ -98,12 +102,25 @@ class _Launch:
         shape = (*grid, 1, 1)[:3], (32 * facts.num_warps, 1, 1), facts.shared
         self.compiled = compiled
         self.config = _Config(*shape, None, attribute, int(facts.launch_pdl))
-        self.numbers, places = [], []
+        self.numbers: list[Any] = []
+        self.maps: list[tuple[TensorMap, Any]] = []
+        described = iter(getattr(facts, "tensordesc_meta", None) or ())
+        places = []
         for name, kind in kinds.items():
+            value = values[name]
             if kind[0] == "*":
-                places.append(slots[values[name].data_ptr()])
-            else:
-                self.numbers.append(_NUMBERS[kind](values[name]))
+                places.append(slots[value.data_ptr()])
+                continue
+            parts = [(kind, value)]
+            if kind.startswith(_DESCRIPTOR):
+                map_ = TensorMap(value, next(described))
+                places.append(map_.address)
+                slot = slots[value.base.data_ptr()]
+                self.maps.append((map_, ctypes.c_uint64.from_address(slot)))
+                # Its shape and strides follow, which the kernels do not read.
+                parts = [("i32", n) for n in value.shape] + [("i64", n) for n in value.strides]
+            for type_, number in parts:
+                self.numbers.append(_NUMBERS[type_](number))
                 places.append(ctypes.addressof(self.numbers[-1]))
         places += [slots[0]] * _SCRATCH
         # As ctypes passes them on: it would convert other objects at every call.
@@ -125,7 +142,8 @@ def _is_plain(compiled: Any) -> bool:
     facts, kinds = compiled.metadata, _kinds(compiled).values()
     special = facts.num_ctas > 1 or facts.launch_cooperative_grid
     scratch = facts.global_scratch_size or facts.profile_scratch_size
-    return not special and not scratch and all(k[0] == "*" or k in _NUMBERS for k in kinds)
+    known = ("*", _DESCRIPTOR)
+    return not special and not scratch and all(k.startswith(known) or k in _NUMBERS for k in kinds)
 
 
 class Launches:
@@ -167,6 +185,9 @@ class Launches:
                     return False
                 inner = [addresses[tensor] + at for tensor, at in self._inner]
                 self._addresses[:-1] = addresses + inner
+                for entry in self._launches:
+                    for map_, address in entry.maps:
+                        map_.move(address.value)
                 self._filled = addresses
             if stream != self._stream:
                 for entry in self._launches:
@@ -198,10 +219,10 @@ class Launches:
             self._device = None
             return
         pointers = dict.fromkeys(
-            values[name].data_ptr()
+            getattr(values[name], "base", values[name]).data_ptr()
             for compiled, _, values in record
             for name, kind in _kinds(compiled).items()
-            if kind[0] == "*"
+            if kind.startswith(("*", _DESCRIPTOR))
         )
         pointers.pop(0, None)  # of a tensor without elements
         found = {pointer: _find(pointer, memory) for pointer in pointers}
