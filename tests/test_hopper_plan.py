@@ -29,12 +29,12 @@ def no_overlap(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    "size, experts, block", [(1, 1, 8), (40, 3, 16), (200, 7, 8), (2500, 5, 128), (3001, 5, 128)]
+    "size, experts, block, most",
+    [(1, 1, 8, 1), (40, 3, 16, 99), (200, 7, 8, 200), (2500, 5, 128, 3000), (1101, 5, 128, 1100)],
 )
-def test_plan(size, experts, block, dtype, monkeypatch):
-    monkeypatch.setattr(
-        hopper_plan, "_MAX_PAIRS", 3000
-    )  # beyond which the plan is the portable one
+def test_plan(size, experts, block, most, dtype, monkeypatch):
+    """Of more pairs than one launch takes the plan is the portable one."""
+    monkeypatch.setattr(hopper_plan, "_MAX_PAIRS", most)
     ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block)
     hopper_plan.plan_tiles(ids.to(dtype).to(DEVICE), experts, 1, plan)
     assert_plan(plan, ids, experts)

@@ -162,7 +162,7 @@ def test_full_and_half_tiles(name):
     """Many tokens are the left operand; an expert with few of them takes half a tile."""
     case = tiny(name, num_experts=2, tokens=130, top_k=1, intermediate_size=64)
     ids = (torch.arange(130) % 4 == 0).int()[:, None]
-    assert block_m(130, 2, current_target()) == 128
+    assert block_m(130, 2, current_target(), BF16) == 128
     check(case, None, make_input(case)[0], Routing(ids, torch.rand(130, 1)))
 
 

@@ -84,7 +84,7 @@ class TritonBackend(ArenaBackend):
         hidden = take(fmt.data_dtype if plain else torch.float32, pairs, inter)
         if not as_is:
             rows = triton_ops.empty_rows(take, pairs, inter, fmt, dtype=dtype)
-        block = block_m(pairs, spec.num_experts, current_target())
+        block = block_m(pairs, spec.num_experts, current_target(), fmt)
         plan = triton_ops.empty_plan(take, pairs, spec.num_experts, block)
         return _Stages(plan, inputs, hidden, rows, take(torch.float32, pairs, hidden_size))
 
@@ -161,7 +161,8 @@ def _by_pair(spec: ExpertSpec, on_input: bool) -> bool:
 def _plan(spec: ExpertSpec, routing: Routing, plan: TilePlan | None = None) -> TilePlan:
     from moelten.kernels.triton_ops import make_tile_plan
 
-    block = block_m(routing.ids.numel(), spec.num_experts, current_target())
+    sizes = routing.ids.numel(), spec.num_experts
+    block = block_m(*sizes, current_target(), spec.scheme.activations)
     return make_tile_plan(routing.ids, *_local(spec), block, plan)
 
 

@@ -135,15 +135,17 @@ def current_target() -> Target:
     return Target(found.backend, found.arch)
 
 
-def block_m(pairs: int, num_experts: int, target: Target) -> int:
+def block_m(pairs: int, num_experts: int, target: Target, activations: Format) -> int:
     """Pairs per tile: a power of two, 16..128, that the pairs of most experts fit.
 
-    Where nothing was measured, 16 or 64: every size is one more compilation of every GEMM.
+    Where nothing was measured, as of fp32, 16 or 64: every size is one more compilation of every
+    GEMM.
     """
     mean = pairs / num_experts
     most = math.ceil(mean + 1.5 * math.sqrt(mean))
     size = min(max(1 << (most - 1).bit_length(), 16), 128)
-    return size if target.measured else 16 if size == 16 else 64
+    measured = target.measured and activations != Float("float32")
+    return size if measured else 16 if size == 16 else 64
 
 
 def row_dtype(weights: Format, activations: Format, target: Target) -> torch.dtype | None:
