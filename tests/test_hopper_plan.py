@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_triton_plan import DEVICE, INTERPRET, assert_plan, hard_ids, poisoned_plan
+from test_triton_plan import assert_plan, hard_ids, poisoned_plan
+from triton_device import DEVICE, INTERPRET
 
 if not INTERPRET and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("runs on a Hopper GPU or through the interpreter", allow_module_level=True)

@@ -6,7 +6,6 @@ without a GPU: `test_triton_interpreter` runs it in a process that sets TRITON_I
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,15 +13,11 @@ import pytest
 import torch
 from cases import ACTIVATIONS, ALL_SCHEMES, Case, make_input, make_weights
 from metrics import assert_matches
+from triton_device import DEVICE, INTERPRET
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
-
-import moelten  # noqa: E402
-from moelten import kernels, reference  # noqa: E402
-from moelten.formats import (  # noqa: E402
+import moelten
+from moelten import kernels, reference
+from moelten.formats import (
     BF16,
     FP8_GROUP,
     FP8_ROW,
@@ -33,13 +28,12 @@ from moelten.formats import (  # noqa: E402
     NVFP4,
     scheme,
 )
-from moelten.kernels import arena, triton_ops  # noqa: E402
-from moelten.kernels.triton_variants import block_m, current_target  # noqa: E402
-from moelten.qtensor import QTensor, quantize  # noqa: E402
-from moelten.routing import Routing  # noqa: E402
+from moelten.kernels import arena, triton_ops
+from moelten.kernels.triton_variants import block_m, current_target
+from moelten.qtensor import QTensor, quantize
+from moelten.routing import Routing
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 
 
 def tiny(name: str, **changes) -> Case:

@@ -5,21 +5,16 @@ Runs on a GPU, or in the interpreter through test_triton_interpreter.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from triton_device import DEVICE
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
+# isort: split
+import triton
+import triton.language as tl
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-
-from moelten import casts, packing  # noqa: E402
-from moelten.kernels.triton_casts import (  # noqa: E402
+from moelten import casts, packing
+from moelten.kernels.triton_casts import (
     decode_e2m1,
     decode_e4m3,
     decode_e8m0,
@@ -31,10 +26,9 @@ from moelten.kernels.triton_casts import (  # noqa: E402
     round_to,
     widen,
 )
-from moelten.kernels.triton_decode import columns_of, decode_words  # noqa: E402
+from moelten.kernels.triton_decode import columns_of, decode_words
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 
 
 @triton.jit

@@ -5,27 +5,21 @@ A thousand for each scheme on a GPU; thirty in the interpreter, through test_tri
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from cases import Case, make_weights
 from metrics import assert_matches
+from triton_device import DEVICE, INTERPRET
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
-
-import moelten  # noqa: E402
-from moelten import reference  # noqa: E402
-from moelten.formats import Float, scheme  # noqa: E402
-from moelten.routing import Routing  # noqa: E402
-from moelten.weights import ExpertWeights  # noqa: E402
+import moelten
+from moelten import reference
+from moelten.formats import Float, scheme
+from moelten.routing import Routing
+from moelten.weights import ExpertWeights
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 ROUTINGS = 15 if INTERPRET else 1000
 SCHEMES = ("mxfp4_bf16", "int8_int8") if INTERPRET else (
     *("mxfp4_bf16", "int4g32_fp8", "fp8block_fp8", "int8_int8"),

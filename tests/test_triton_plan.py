@@ -5,21 +5,14 @@ Runs on a GPU, or in the interpreter through test_triton_interpreter.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from triton_device import DEVICE
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
-
-from moelten.kernels import arena, triton_ops  # noqa: E402
-from moelten.plan import make_plan  # noqa: E402
+from moelten.kernels import arena, triton_ops
+from moelten.plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 POISON = -(10**9)
 
 

@@ -5,23 +5,16 @@ Runs on a GPU, or in the interpreter through test_triton_interpreter.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from triton_device import DEVICE, INTERPRET
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
-
-from moelten import quantized  # noqa: E402
-from moelten.formats import FP8_TENSOR, INT8_GROUP, MXFP8, NVFP4  # noqa: E402
-from moelten.layouts import ROW_TILES  # noqa: E402
-from moelten.quantized import FORMATS, quantize_activations  # noqa: E402
+from moelten import quantized
+from moelten.formats import FP8_TENSOR, INT8_GROUP, MXFP8, NVFP4
+from moelten.layouts import ROW_TILES
+from moelten.quantized import FORMATS, quantize_activations
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 # Rows off 8 and 128, groups off 4: every kind of padding.
 SIZES = [(1, 16), (7, 64), (8, 80), (9, 208), (127, 96), (128, 1040), (131, 4096), (300, 7168)]
 if INTERPRET:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import pytest
 import torch
+from triton_device import DEVICE, INTERPRET
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
-
-from moelten import router  # noqa: E402
-from moelten.kernels.triton_routing import route  # noqa: E402
-from moelten.routing import METHODS  # noqa: E402
+from moelten import router
+from moelten.kernels.triton_routing import route
+from moelten.routing import METHODS
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 ROWS = 24 if INTERPRET else 10_000
 BIASED = ("minimax2", "deepseek_v3", "sqrt_softplus_topk")
 

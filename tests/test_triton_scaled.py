@@ -6,33 +6,28 @@ fp32, and all around it is what Blackwell and CDNA4 run; on another GPU Triton i
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import ACTIVATIONS, Case, make_input, make_weights
 from metrics import assert_matches
+from triton_device import DEVICE, INTERPRET
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-pytest.importorskip("triton")
+# isort: split
+import triton
+import triton.language as tl
+from triton_targets import pretend
 
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from triton_targets import pretend  # noqa: E402
-
-import moelten  # noqa: E402
-from moelten import casts, packing, reference  # noqa: E402
-from moelten.activations import GPT_OSS  # noqa: E402
-from moelten.formats import scheme  # noqa: E402
-from moelten.kernels import triton_gemm  # noqa: E402
-from moelten.kernels.triton_casts import scaled_dot  # noqa: E402
-from moelten.routing import Routing  # noqa: E402
+import moelten
+from moelten import casts, packing, reference
+from moelten.activations import GPT_OSS
+from moelten.formats import scheme
+from moelten.kernels import triton_gemm
+from moelten.kernels.triton_casts import scaled_dot
+from moelten.routing import Routing
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 MX = ("mxfp4_mxfp8", "mxfp8_mxfp8", "mxfp4_fp8", "mxfp4_fp8tensor")
 RUNS = [(target, name) for name in MX for target in ("sm_100a", "gfx950")]
 RUNS += [("gfx950", "mxfp4_bf16"), ("gfx950", "mxfp8_bf16")]

@@ -5,28 +5,25 @@ Runs on a GPU, or in the interpreter through test_triton_interpreter.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import ACTIVATIONS, Case, make_input, make_weights
 from metrics import assert_matches
+from triton_device import DEVICE, INTERPRET
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-if not INTERPRET and not torch.cuda.is_available():
-    pytest.skip("runs on a GPU or through test_triton_interpreter.py", allow_module_level=True)
-triton = pytest.importorskip("triton")
+# isort: split
+import triton
 
-import moelten  # noqa: E402
-from moelten import reference  # noqa: E402
-from moelten.formats import scheme  # noqa: E402
-from moelten.kernels import arena, launches  # noqa: E402
-from moelten.kernels.triton import TritonBackend  # noqa: E402
-from moelten.routing import Routing  # noqa: E402
+import moelten
+from moelten import reference
+from moelten.formats import scheme
+from moelten.kernels import arena, launches
+from moelten.kernels.triton import TritonBackend
+from moelten.routing import Routing
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-DEVICE = torch.device("cpu" if INTERPRET else "cuda")
 SCHEMES = ("mxfp4_bf16", "int4g32_fp8", "nvfp4_nvfp4t", "fp8tensor_fp8tensor", "mxfp4_mxfp8")
 
 

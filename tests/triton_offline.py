@@ -196,11 +196,12 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 class Compilers:
-    """A process for every core, which compile until the end of the tests."""
+    """Processes that compile until the end of the tests: this runner's share of the cores."""
 
     def __init__(self, folder: Path):
         self.folder, self.local = folder, threading.local()
-        self.threads = ThreadPoolExecutor(os.cpu_count())
+        runners = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        self.threads = ThreadPoolExecutor(max((os.cpu_count() or 1) // runners, 2))
 
     def compile_all(self, builds: Iterable[Build]) -> dict[Build, Result]:
         builds = list(builds)

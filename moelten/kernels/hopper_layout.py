@@ -170,8 +170,10 @@ def _live_blocks(matrix: QTensor) -> Tensor:
 def _silence(matrix: QTensor) -> QTensor:
     """The same matrix with codes that decode to zero under every scale of zero."""
     assert matrix.scale is not None
-    dead = matrix.scale.float() == 0 if matrix.scale.is_floating_point() else None
-    if dead is None or not bool(dead.any()):
+    if not matrix.scale.is_floating_point():  # exponents: no power of two is zero
+        return matrix
+    dead = matrix.scale.float() == 0
+    if not bool(dead.any()):
         return matrix
     rows, columns = matrix.format.block
     raw = matrix.data.contiguous().view(torch.uint8)
