@@ -11,7 +11,7 @@ import torch
 
 from moelten.kernels import launches, tensor_maps
 from moelten.kernels.launches import Launches, launch
-from moelten.kernels.tensor_maps import TensorMap
+from moelten.kernels.tensor_maps import NO_CONTEXT, TensorMap
 
 FACTS = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [16, 64]}
 
@@ -124,3 +124,9 @@ def test_launches_with_maps_are_repeated(driver, monkeypatch):
         start = x.data_ptr() + 10 * 256
         assert found == [(out.data_ptr() + 64, start, [40, 128], [128, 1], 7)]
     assert kernel.seen == 1 and len(driver.encoded) == 1
+    # A thread without a context repeats nothing, and leaves nothing behind.
+    driver.status, elsewhere = NO_CONTEXT, memory()
+    found.clear()
+    assert not calls.repeat(elsewhere) and not found
+    driver.status = 0
+    assert calls.repeat(first) and found[0][1] == first[1].data_ptr() + 10 * 256

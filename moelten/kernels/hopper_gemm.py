@@ -133,7 +133,7 @@ def prefill_gemm(
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, stored, matrix.scale_type, matrix.operand,
         epilogue.activation, limited, ordered, plan.block, variant.tiles, variant.slots,
-        variant.stage, variant.consumers,
+        variant.stage,
     )  # fmt: skip
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(
@@ -144,7 +144,7 @@ def prefill_gemm(
         None if scale_rows else _words(scale), None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x.scale, plan.tiles, plan.count, plan.max_tiles,
         -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
-        *numbers, P=problem, num_warps=4, launch_pdl=True,
+        *numbers, P=problem, num_warps=4,
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def warp_sums(
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile."""
-    TILES: gl.constexpr = P.tiles // P.consumers
+    TILES: gl.constexpr = P.tiles // 2
     FIRST: gl.constexpr = TILES * group
     STAGE: gl.constexpr = P.stage
     SPAN: gl.constexpr = max(P.weights.group // 64, 1)  # chunks of a group

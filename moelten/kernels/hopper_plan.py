@@ -100,7 +100,7 @@ def gather(x: Rows, rows_per_source: int, inverse: Tensor, out: Rows) -> None:
         gather_kernel, (x.data.shape[0],),
         x.data.view(torch.int32), x.scale, inverse, out.data.view(torch.int32), out.scale,
         SLOTS=rows_per_source, WORDS=words, WIDTH=width, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 8), launch_pdl=True,
+        num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
 
 
@@ -144,8 +144,6 @@ def gather_kernel(
     SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read a row once, and write it for each of its pairs."""
-    gdc_launch_dependents()
-    gdc_wait()
     source = tl.program_id(0).to(tl.int64)
     x_ptr += source * WORDS
     # All before the first store, lest each waits for the stores before it.

@@ -15,7 +15,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_mma import warp_sums
@@ -27,6 +26,9 @@ from moelten.kernels.hopper_ring import (
     produce,
 )
 from moelten.kernels.hopper_wgmma import warpgroup_sums
+
+# Registers of a thread of the second warpgroup, and of the producer.
+_REGISTERS = gl.constexpr([232, 40])
 
 
 @gluon.jit
@@ -83,7 +85,7 @@ def _work(
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     COUNT: gl.constexpr = len(PIECES)
-    for i in gl.static_range(P.tiles // P.consumers * COUNT):
+    for i in gl.static_range(P.tiles // 2 * COUNT):
         tile = row_tile + i // COUNT
         at = first + piece_start(PIECES, i % COUNT)
         sums = acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)])
@@ -105,10 +107,16 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
         alpha, beta, limit,
     ) = arguments  # fmt: skip
     turn = 0
-    for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
-        expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
+    count = gl.load(count_ptr) * P.row_blocks
+    last = gl.maximum(count - 1, 0)
+    # What comes next is loaded long before it is needed.
+    following = piece_of_work(gl.minimum(gl.program_id(0), last), tiles_ptr, max_tiles, P)
+    for index in range(gl.program_id(0), count, gl.num_programs(0)):
+        expert, first, stop, row_tile = following
+        after = gl.minimum(index + gl.num_programs(0), last)
+        following = piece_of_work(after, tiles_ptr, max_tiles, P)
         expert = expert.to(gl.int64)
-        row_tile += P.tiles // P.consumers * group
+        row_tile += P.tiles // 2 * group
         quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
@@ -149,11 +157,8 @@ def prefill_kernel(
     SLOTS: gl.constexpr = P.slots
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=P.consumers)
+        mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
-    # What follows may start beside the last pieces, and what stands before it is then complete.
-    gdc_wait()
-    gdc_launch_dependents()
     consumer = (
         words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
         zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
@@ -163,21 +168,8 @@ def prefill_kernel(
         w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
         max_tiles, steps,
     )  # fmt: skip
-    if P.consumers == 2:
-        gl.warp_specialize(
-            [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
-            [4, 1],
-            [232, 40],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consume, (consumer, 0, P)),
-                (_consume, (consumer, 1, P)),
-                (_consume, (consumer, 2, P)),
-                (_consume, (consumer, 3, P)),
-                (produce, (producer, P)),
-            ],
-            [4, 4, 4, 1],
-            [112, 112, 112, 24],
-        )
+    gl.warp_specialize(
+        [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
+        [4, 1],
+        _REGISTERS,
+    )

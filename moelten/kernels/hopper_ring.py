@@ -55,7 +55,6 @@ class Problem:
     tiles: int
     slots: int
     stage: int
-    consumers: int = 2
 
     @property
     def row_tiles(self) -> int:

@@ -42,7 +42,6 @@ class WideVariant:
     slots: int
     stage: int
     tiles: int = 4
-    consumers: int = 2
 
     @property
     def by_warp(self) -> bool:
@@ -75,40 +74,50 @@ def make_variant(
 
 
 def choose_wide(
-    stored: Storage, scale_type: str, pairs: int, num_experts: int, columns: tuple[int, ...]
+    stored: Storage, scale_type: str, pairs: int, num_experts: int, columns: tuple[int, int]
 ) -> WideVariant | None:
     """How many tokens per expert are multiplied; None where there are few.
 
-    columns: of the layer's matrices
+    columns: of w13 and of w2
 
-    Few tokens cost a pass over the weights for every 16 of an expert, many cost one and a half for
-    up to 64, or little more than one in narrow tiles. Measured on H200, they break even at 11 to 40
-    pairs per expert: the sooner the more a pass reads, the later the more each product of the other
-    kernel costs beside; narrow tiles and wide ones near 48.
+    A pass over the weights for every 16 tokens of an expert, by programs with a row tile each, is
+    the fastest way to read them, but what they cost is decoded again and again. Warps that multiply
+    by themselves decode for 32 tokens, at a price for each; whole warpgroups for 64 or 128, at the
+    price of so many. Measured on H200, in pairs per expert: the more a product costs beside its
+    bytes, the sooner passes are too many.
     """
     mean, operands = pairs / num_experts, stored.folded or stored
-    narrow = _suits_narrow(operands, columns)
-    if stored.code.bits == 16:
-        enough = 11
-    elif operands.scale == "group" and operands.group == 32:
-        enough = 40
-    else:
-        enough = 12 if narrow else 16
-    if mean <= enough:
+    if mean <= _few(stored):
         return None
-    return (narrow_variant if narrow and mean <= 48 else wide_variant)(operands, scale_type)
+    if mean <= 24 and stored.code.bits < 16:
+        return warp_variant(operands, scale_type, columns)
+    if mean <= 56 and _suits_narrow(operands, num_experts, columns):
+        return narrow_variant(operands, scale_type)
+    return wide_variant(operands, scale_type)
+
+
+def _few(stored: Storage) -> int:
+    """The most pairs per expert of the decode kernel."""
+    if stored.scale != "group":
+        return 9 if stored.code.bits == 8 else 11
+    return 5 if stored.group == 32 else 6
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     """Two chunks to a stage where those are few bytes, or one group's; else sums would be brought
-    to other units (`hopper_prefill`) between chunks of the same row tile."""
+    to other units (`hopper_wgmma`) between chunks of the same row tile."""
     little = stored.code.bits == 4 or stored.scale == "block"
-    one_group = stored.scale not in ("group", "block") or stored.group == 128
-    return _fitted(stored, scale_type, 128, 2 if little and one_group else 1)
+    return _fitted(stored, scale_type, 128, 2 if little and _is_one_group(stored) else 1)
+
+
+def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
+    """Half as many tokens by twice as many rows, of which each warpgroup has as many sums: half as
+    many activations are read."""
+    return _fitted(stored, scale_type, 64, 2, tiles=8)
 
 
 def warp_variant(
-    stored: Storage, scale_type: str, columns: tuple[int, ...] = (256,)
+    stored: Storage, scale_type: str, columns: tuple[int, int] = (256, 256)
 ) -> WideVariant:
     """Stages of 8 KiB of codes per row tile, or of half, if much of a last one would be nothing."""
     stage = 16 // stored.code.bits
@@ -118,15 +127,17 @@ def warp_variant(
     return _fitted(stored, scale_type, 32, max(stage, stored.group // 64, 1))
 
 
-def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
-    """Half as many sums leave registers for four chunks at a time: half as many waits."""
-    return _fitted(stored, scale_type, 64, 4)
+def _is_one_group(stored: Storage) -> bool:
+    """Whether two chunks have one scale, of those that multiply sums."""
+    return stored.scale not in ("group", "block") or stored.group == 128
 
 
-def _suits_narrow(stored: Storage, columns: tuple[int, ...]) -> bool:
-    """Whether stages of four chunks fit: in shared memory, in units of one scale, in columns."""
-    one_scale = stored.scale not in ("group", "block")
-    return stored.code.bits == 4 and one_scale and all(-k % 256 <= k / 32 for k in columns)
+def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -> bool:
+    """Whether pieces of 8 row tiles of 4 bits are enough for every multiprocessor."""
+    hidden, inter = columns
+    pieces = num_experts * min(hidden // 64, inter // 32) // 8
+    no_sums = stored.scale not in ("group", "block")
+    return stored.code.bits == 4 and no_sums and pieces >= _WANTED_PROGRAMS
 
 
 def _fitted(

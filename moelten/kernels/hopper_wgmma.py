@@ -135,7 +135,7 @@ def warpgroup_sums(
     Row tiles take turns, group after group. While one multiplies, the one whose turn is next is
     decoded, and its sums are brought to its next scales.
     """
-    TILES: gl.constexpr = P.tiles // P.consumers
+    TILES: gl.constexpr = P.tiles // 2
     FIRST: gl.constexpr = TILES * group
     TURNS: gl.constexpr = TILES * P.groups
     slot = turn % P.slots

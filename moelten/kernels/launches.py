@@ -26,11 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moelten.kernels.tensor_maps import TensorMap
+from moelten.kernels.tensor_maps import NO_CONTEXT, TensorMap
 
 # What Triton takes for granted of all addresses or of none: its code may differ between the two.
 _ALIGNMENT = 16
-_NO_CONTEXT = 201
 _SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _SCRATCH = 2  # null pointers behind a kernel's own, which Triton adds and these kernels do not use
 _DESCRIPTOR = "tensordesc<"
@@ -184,10 +183,11 @@ class Launches:
                 if not _are_aligned(addresses):
                     return False
                 inner = [addresses[tensor] + at for tensor, at in self._inner]
+                self._filled = []
                 self._addresses[:-1] = addresses + inner
-                for entry in self._launches:
-                    for map_, address in entry.maps:
-                        map_.move(address.value)
+                maps = [pair for entry in self._launches for pair in entry.maps]
+                if not all(map_.move(address.value) for map_, address in maps):
+                    return False  # a new thread, to which Triton gives a context
                 self._filled = addresses
             if stream != self._stream:
                 for entry in self._launches:
@@ -195,8 +195,8 @@ class Launches:
                 self._stream = stream
             for entry in self._launches:
                 if status := run(*entry.arguments):
-                    if status == _NO_CONTEXT and entry is self._launches[0]:
-                        return False  # a new thread, to which Triton gives one
+                    if status == NO_CONTEXT and entry is self._launches[0]:
+                        return False  # likewise
                     name = entry.compiled.name
                     raise RuntimeError(f"CUDA error {status} at the launch of {name}")
         return True

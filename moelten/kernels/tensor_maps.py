@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _BYTES, _ALIGNMENT = 128, 64
 _NO_INTERLEAVE, _L2_LINES_OF_128_BYTES, _ZEROS_OUTSIDE = 0, 2, 0
 # Element types as Triton's compiler numbers them, where the driver does not.
@@ -48,14 +49,20 @@ class TensorMap:
             ctypes.c_int(_ZEROS_OUTSIDE),
         )
 
-    def move(self, address: int) -> None:
-        """The matrix is elsewhere now, at a multiple of 16 bytes."""
-        _check("cuTensorMapReplaceAddress", self._map, ctypes.c_void_p(address))
+    def move(self, address: int) -> bool:
+        """The matrix is elsewhere now, at a multiple of 16 bytes.
+
+        Returns False, and it is where it was, in a thread that has no CUDA context yet.
+        """
+        return _check("cuTensorMapReplaceAddress", self._map, ctypes.c_void_p(address))
 
 
-def _check(name: str, *arguments: Any) -> None:
-    if status := _driver()[name](*arguments):
+def _check(name: str, *arguments: Any) -> bool:
+    """Call a function of the driver: whether there is a context."""
+    status: int = _driver()[name](*arguments)
+    if status not in (0, NO_CONTEXT):
         raise RuntimeError(f"CUDA error {status} of {name}")
+    return status == 0
 
 
 @cache
