@@ -35,7 +35,8 @@ EMPTY: dict[str, Any] = {
     "seconds": 0.0,
 }
 WORKERS = min(os.cpu_count() or 1, 48)
-_SHARE = 16
+# Tests per process: few where each takes long, lest the last ones run alone.
+_SHARE, _LONG_SHARE = 16, 6
 
 
 def suites() -> list[Path]:
@@ -64,7 +65,8 @@ def shares(arguments: list[str]) -> list[list[str]]:
     """The tests that pytest would run, a few per list; the arguments where it finds none."""
     printed = pytest(["--collect-only", *arguments])
     names = [line for line in printed.splitlines() if re.match(r"[\w/.]+\.py::", line)]
-    return [names[i : i + _SHARE] for i in range(0, len(names), _SHARE)] or [arguments]
+    share = _SHARE if "not gpu" in arguments else _LONG_SHARE
+    return [names[i : i + share] for i in range(0, len(names), share)] or [arguments]
 
 
 def run(arguments: list[str], workers: int = 1) -> dict[str, Any]:
@@ -141,12 +143,12 @@ def holds_gpu_tests(module: str) -> bool:
 
 
 def jobs() -> list[list[str]]:
-    """pytest's arguments, one file each."""
+    """pytest's arguments, one file each; what takes long first."""
     files = set(TESTS.glob("test_*.py")) - {TESTS / "test_gpu_report.py"}  # it writes such files
     marked = [path for path in sorted(files) if "mark.gpu" in path.read_text()]
     return [
-        *(["-m", "not gpu", str(path)] for path in suites()),
         *(["-m", "gpu", str(path)] for path in marked),
+        *(["-m", "not gpu", str(path)] for path in suites()),
     ]
 
 

@@ -85,7 +85,7 @@ def test_every_marked_file_is_run(script):
 
 
 def test_shares_hold_every_test_once(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "_SHARE", 2)
+    monkeypatch.setattr(script, "_LONG_SHARE", 2)
     arguments = ["-m", "gpu", str(tmp_path / "tests" / "test_some.py")]
     parts = script.shares(arguments)
     assert [len(part) for part in parts] == [2, 1]
@@ -106,7 +106,7 @@ def test_the_report(script, tmp_path, monkeypatch):
     files = [["-m", "gpu", str(tmp_path / "tests" / name)] for name in FILES]
     checked = {"ran": True, "passed": True, "errors": 0, "cases": ["hopper a T=1"]}
     monkeypatch.setenv("COMMIT", "abc")
-    monkeypatch.setattr(script, "_SHARE", 2)
+    monkeypatch.setattr(script, "_LONG_SHARE", 2)
     monkeypatch.setattr(script, "jobs", lambda: files)
     monkeypatch.setattr(script, "memcheck", lambda: checked)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")

@@ -87,9 +87,10 @@ def choose_wide(
     bytes, the sooner passes are too many.
     """
     mean, operands = pairs / num_experts, stored.folded or stored
-    if mean <= _few(stored):
+    few, some = _few(stored), _some(operands)
+    if mean <= few:
         return None
-    if mean <= 24 and stored.code.bits < 16:
+    if mean <= some:
         return warp_variant(operands, scale_type, columns)
     if mean <= 56 and _suits_narrow(operands, num_experts, columns):
         return narrow_variant(operands, scale_type)
@@ -98,9 +99,15 @@ def choose_wide(
 
 def _few(stored: Storage) -> int:
     """The most pairs per expert of the decode kernel."""
-    if stored.scale != "group":
-        return 9 if stored.code.bits == 8 else 11
-    return 5 if stored.group == 32 else 6
+    return {"group": 5, "block": 9}.get(stored.scale, 11)
+
+
+def _some(stored: Storage) -> int:
+    """The most of single warps: none where nothing is decoded, more where sums change units twice
+    in a chunk."""
+    if stored.code.bits == 16:
+        return 0
+    return 44 if stored.scale == "group" and stored.group == 32 else 24
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
