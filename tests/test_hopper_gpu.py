@@ -249,7 +249,7 @@ def test_offsets_past_2_to_31():
 def test_hopper_is_what_runs_by_default():
     for name in ("mxfp4_bf16", "fp16_fp16", "int4g128_fp8", "int8_int8"):
         which = scheme(name)
-        weights = make_layer(which, 2, 128, 64, SwiGLU(), False)
+        weights = make_layer(which, 2, 128, 128, SwiGLU(), False)
         assert moelten.pack(weights).layout.name == backend(which)
 
 
