@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well.
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers differ as well, and lines
+# once colours are used up.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX"
+_LINES = ("-", "--", ":")
 _ROOF = "0.35"
 # Points closer than this, as a ratio of intensities, share one label.
 _SAME_PLACE = 1.3
@@ -71,11 +73,12 @@ def _draw_layer(upper: Any, lower: Any, group: list[Record], names: list[str]) -
         fontsize=11,
     )
     for name in dict.fromkeys(_series(r) for r in group):
-        index = names.index(name)
+        lines, index = divmod(names.index(name), len(_COLOURS))
         points = sorted((r for r in group if _series(r) == name), key=lambda r: int(r["tokens"]))
         style: dict[str, Any] = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "marker": _MARKERS[index % len(_MARKERS)],
+            "color": _COLOURS[index],
+            "marker": _MARKERS[(index + lines) % len(_MARKERS)],
+            "linestyle": _LINES[lines % len(_LINES)],
         }
         upper.plot([intensity(r) for r in points], [r["tflops"] for r in points], **style)
         reached = [r["percent_of_floor"] for r in points]
