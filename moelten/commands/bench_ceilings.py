@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelten.commands.bench_gpu import time_burst
+from moelten.commands.bench_bursts import time_burst
 
 _READ_BYTES = 8 << 30
 _SIZE = 8192

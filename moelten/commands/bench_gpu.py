@@ -11,15 +11,13 @@ GPU lowers its clocks, an H200 in bf16 products by 15 %.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
+from moelten.commands.bench_bursts import time_burst
 from moelten.commands.bench_records import Ceilings, Record, Timing, relative_error
 from moelten.commands.bench_workload import (
     Layer,
@@ -37,7 +35,7 @@ from moelten.packed import PackedExperts
 COLD_CACHES = 4
 _FEWEST_CALLS, _MOST_CALLS, _TOKENS_OF_A_PASS = 8, 64, 1024
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 100
-_BURST_SECONDS, _REST_SECONDS = 0.015, 0.05
+_BURST_SECONDS = 0.015
 _CHECKED_ELEMENTS = 1 << 30
 
 
@@ -164,20 +162,6 @@ def time_replays(graph: torch.cuda.CUDAGraph, seconds: float) -> list[float]:
     ):
         times += time_burst(graph.replay, replays)[1:]
     return times
-
-
-def time_burst(call: Callable[[], object], count: int) -> list[float]:
-    """Seconds on the device of each of some calls after a rest, all enqueued before any ends."""
-    torch.cuda.synchronize()
-    time.sleep(_REST_SECONDS)
-    event: Any = torch.cuda.Event
-    events = [event(enable_timing=True) for _ in range(count + 1)]
-    events[0].record()
-    for after in events[1:]:
-        call()
-        after.record()
-    torch.cuda.synchronize()
-    return [first.elapsed_time(last) / 1e3 for first, last in itertools.pairwise(events)]
 
 
 def count_launches(graph: torch.cuda.CUDAGraph) -> int | None:
