@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton_offline import Build, Compilers, Result, all_builds, stack_bytes
 from triton_targets import TARGETS
 
-from moelten.kernels import triton_ops
+from moelten.kernels import triton_plan
 from moelten.kernels.triton_variants import make_variant
 
 PRODUCTS = {
@@ -85,9 +85,9 @@ def test_every_variant_builds(target, compilers):
 def test_the_plan_builds(target, experts):
     """For many pairs: sorted in registers, of which none is spilled."""
     gpu, padded = TARGETS[target][1], triton.next_power_of_2(experts)
-    rows = min(triton_ops._COUNTS // padded, triton_ops._MAX_PROGRAMS)
-    sizes = {"BLOCK": 128, "EXPERTS": padded, "CHUNK": triton_ops._CHUNK, "ROWS": rows}
-    for kernel, warps in ((triton_ops.count_kernel, 4), (triton_ops.place_kernel, 8)):
+    rows = min(triton_plan._COUNTS // padded, triton_plan._MAX_PROGRAMS)
+    sizes = {"BLOCK": 128, "EXPERTS": padded, "CHUNK": triton_plan._CHUNK, "ROWS": rows}
+    for kernel, warps in ((triton_plan.count_kernel, 4), (triton_plan.place_kernel, 8)):
         names = kernel.arg_names
         kinds = {n: "*i32" if n.endswith("_ptr") else "i32" for n in names if n not in sizes}
         constants = {n: value for n, value in sizes.items() if n in names}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton_device import DEVICE
 
-from moelten.kernels import arena, triton_ops
+from moelten.kernels import arena, triton_plan
 from moelten.plan import make_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -25,15 +25,15 @@ def hard_ids(size: int, experts: int) -> torch.Tensor:
     return ids
 
 
-def poisoned_plan(size: int, experts: int, block: int) -> triton_ops.TilePlan:
+def poisoned_plan(size: int, experts: int, block: int) -> triton_plan.TilePlan:
     """Room for a plan, of values that no plan has."""
-    plan = triton_ops.empty_plan(arena.heap(DEVICE), size, experts, block, inverse=True)
+    plan = triton_plan.empty_plan(arena.heap(DEVICE), size, experts, block, inverse=True)
     for part in (plan.pairs, plan.tiles, plan.count, plan.counts, plan.inverse):
         part.fill_(POISON)
     return plan
 
 
-def assert_plan(plan: triton_ops.TilePlan, ids: torch.Tensor, experts: int, first: int = 1):
+def assert_plan(plan: triton_plan.TilePlan, ids: torch.Tensor, experts: int, first: int = 1):
     """The same order as the CPU's plan, whatever the ids; tiles cover it and no more."""
     wanted = make_plan(ids, experts, first)
     rows = wanted.num_rows
@@ -69,19 +69,19 @@ def assert_plan(plan: triton_ops.TilePlan, ids: torch.Tensor, experts: int, firs
 )
 def test_plan(size, experts, block, dtype):
     ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block)
-    triton_ops.make_tile_plan(ids.to(dtype).to(DEVICE), experts, 1, block, plan)
+    triton_plan.make_tile_plan(ids.to(dtype).to(DEVICE), experts, 1, block, plan)
     assert_plan(plan, ids, experts)
 
 
 @pytest.mark.parametrize("size, experts", [(257, 5), (570, 33)])
 def test_plan_of_few_programs(size, experts, monkeypatch):
     """Several chunks for each program, and several rounds over what they counted."""
-    monkeypatch.setattr(triton_ops, "_CHUNK", 64)
-    monkeypatch.setattr(triton_ops, "_MAX_PROGRAMS", 4)
-    monkeypatch.setattr(triton_ops, "_COUNTS", 16)
+    monkeypatch.setattr(triton_plan, "_CHUNK", 64)
+    monkeypatch.setattr(triton_plan, "_MAX_PROGRAMS", 4)
+    monkeypatch.setattr(triton_plan, "_COUNTS", 16)
     ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, 64)
     assert plan.counts.shape == (4, experts)
-    triton_ops.make_tile_plan(ids.to(DEVICE), experts, 1, 64, plan)
+    triton_plan.make_tile_plan(ids.to(DEVICE), experts, 1, 64, plan)
     assert_plan(plan, ids, experts)
 
 
@@ -89,5 +89,5 @@ def test_plan_of_one_expert():
     """All pairs for the first or the last expert of many, or for none."""
     for chosen in (0, 259, 260):
         ids, plan = torch.full((600, 1), chosen), poisoned_plan(600, 260, 16)
-        triton_ops.make_tile_plan(ids.to(DEVICE), 260, 0, 16, plan)
+        triton_plan.make_tile_plan(ids.to(DEVICE), 260, 0, 16, plan)
         assert_plan(plan, ids, 260, first=0)

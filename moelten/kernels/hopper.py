@@ -37,7 +37,8 @@ from moelten.weights import ExpertSpec
 
 if TYPE_CHECKING:
     from moelten.kernels.triton_epilogue import Epilogue
-    from moelten.kernels.triton_ops import Rows, TilePlan
+    from moelten.kernels.triton_ops import Rows
+    from moelten.kernels.triton_plan import TilePlan
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,7 +96,8 @@ class HopperBackend(ArenaBackend):
         self, take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool
     ) -> _Stages:
         """Everything that a chunk of so many tokens needs beside its arguments."""
-        from moelten.kernels.triton_ops import Rows, empty_plan, empty_rows
+        from moelten.kernels.triton_ops import Rows, empty_rows
+        from moelten.kernels.triton_plan import empty_plan
 
         fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
         pairs, experts = tokens * top_k, spec.num_experts

@@ -18,7 +18,8 @@ from moelten.kernels.hopper_ring import Problem
 from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, type_name
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue
-from moelten.kernels.triton_ops import Rows, TilePlan
+from moelten.kernels.triton_ops import Rows
+from moelten.kernels.triton_plan import TilePlan
 from moelten.packed import PackedExperts
 
 # Boxes in shared memory, rows of 128 bytes: words of codes, words of row parameters, activations.

@@ -15,7 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_casts import abs_bits, round_to
-from moelten.kernels.triton_ops import Rows, TilePlan, histogram, local_experts, make_tile_plan
+from moelten.kernels.triton_ops import Rows
+from moelten.kernels.triton_plan import TilePlan, histogram, local_experts, make_tile_plan
 
 _SCAN = 1024
 _MAX_PAIRS = 8192
@@ -23,7 +24,7 @@ _GATHERED = 4096  # words that a program holds at once
 
 
 def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
-    """What `triton_ops.make_tile_plan` writes to `plan`, in one launch up to 8192 pairs."""
+    """What `triton_plan.make_tile_plan` writes to `plan`, in one launch up to 8192 pairs."""
     size = ids.numel()
     if size > _MAX_PAIRS:
         make_tile_plan(ids, num_experts, first_expert, plan.block, plan)

@@ -26,7 +26,8 @@ from moelten.routing import Routing
 from moelten.weights import ExpertSpec
 
 if TYPE_CHECKING:
-    from moelten.kernels.triton_ops import Rows, TilePlan
+    from moelten.kernels.triton_ops import Rows
+    from moelten.kernels.triton_plan import TilePlan
 
 _ACTIVATIONS: dict[type[Activation], str] = {
     SwiGLU: "swiglu",
@@ -70,7 +71,7 @@ class TritonBackend(ArenaBackend):
         self, take: Take, spec: ExpertSpec, tokens: int, top_k: int, on_input: bool
     ) -> _Stages:
         """Everything that a chunk of so many tokens needs beside its arguments."""
-        from moelten.kernels import triton_ops
+        from moelten.kernels import triton_ops, triton_plan
 
         fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
         pairs, dtype = tokens * top_k, _row_dtype(spec)
@@ -85,7 +86,7 @@ class TritonBackend(ArenaBackend):
         if not as_is:
             rows = triton_ops.empty_rows(take, pairs, inter, fmt, dtype=dtype)
         block = block_m(pairs, spec.num_experts, current_target(), fmt)
-        plan = triton_ops.empty_plan(take, pairs, spec.num_experts, block)
+        plan = triton_plan.empty_plan(take, pairs, spec.num_experts, block)
         return _Stages(plan, inputs, hidden, rows, take(torch.float32, pairs, hidden_size))
 
     def run_chunk(
@@ -159,7 +160,7 @@ def _by_pair(spec: ExpertSpec, on_input: bool) -> bool:
 
 
 def _plan(spec: ExpertSpec, routing: Routing, plan: TilePlan | None = None) -> TilePlan:
-    from moelten.kernels.triton_ops import make_tile_plan
+    from moelten.kernels.triton_plan import make_tile_plan
 
     sizes = routing.ids.numel(), spec.num_experts
     block = block_m(*sizes, current_target(), spec.scheme.activations)

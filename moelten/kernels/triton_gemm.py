@@ -28,7 +28,8 @@ from moelten.kernels.triton_decode import (
     load_raw_scale,
 )
 from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue, finish, store_pairs
-from moelten.kernels.triton_ops import Rows, TilePlan
+from moelten.kernels.triton_ops import Rows
+from moelten.kernels.triton_plan import TilePlan
 from moelten.kernels.triton_scaled import scaled_constants, scaled_gemm_kernel
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.qtensor import QTensor

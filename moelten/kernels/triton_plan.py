@@ -1,0 +1,226 @@
+"""The plan of the grouped GEMMs, in Triton: valid pairs by expert, each expert's run in tiles.
+
+Row token * k + slot belongs to that (token, slot), valid or not, so sizes follow from T and k alone
+and nothing waits for the device. A pair whose id is out of range appears in no tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moelten.kernels.arena import Take, heap
+from moelten.kernels.launches import launch
+
+_SMALL_PLAN = 128
+# Pairs that a program sorts at once, and programs at most, each of which reads what all counted:
+# powers of two.
+_CHUNK = 512
+_MAX_PROGRAMS = 128
+_COUNTS = 8192  # of them, at a time
+# Room for tiles is reckoned with this, so that it never shrinks when tokens are added.
+_SMALLEST_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Valid pairs sorted by expert, cut into tiles of up to `block` pairs of one expert.
+
+    pairs:   int32 [P]; the sorted pairs, the rest undefined
+    tiles:   int32 [3, max_tiles]: local expert, first position and last position + 1 of each tile
+    count:   int32 [1]: how many tiles there are
+    counts:  int32 [programs, E], scratch
+    inverse: int32 [P]: where each pair stands in `pairs`, -1 for one that is not valid; None where
+             nobody asks
+    """
+
+    pairs: Tensor
+    tiles: Tensor
+    count: Tensor
+    counts: Tensor
+    block: int
+    inverse: Tensor | None = None
+
+    @property
+    def max_tiles(self) -> int:
+        return self.tiles.shape[1]
+
+
+def empty_plan(
+    take: Take, pairs: int, num_experts: int, block: int, *, inverse: bool = False
+) -> TilePlan:
+    """Room for the plan of so many pairs, valid or not."""
+    assert block >= _SMALLEST_BLOCK, block
+    room, max_tiles = (min(pairs, pairs // size + num_experts) for size in (_SMALLEST_BLOCK, block))
+    tiles = take(torch.int32, 3 * room)[: 3 * max_tiles].view(3, max_tiles)
+    i32 = torch.int32
+    counts = take(i32, min(triton.cdiv(pairs, _CHUNK), _MAX_PROGRAMS), num_experts)
+    where = take(i32, pairs) if inverse else None
+    return TilePlan(take(i32, pairs), tiles, take(i32, 1), counts, block, where)
+
+
+def make_tile_plan(
+    ids: Tensor, num_experts: int, first_expert: int, block: int, plan: TilePlan | None = None
+) -> TilePlan:
+    """Plan ids [T, k] (int32 or int64) on their device: one launch up to 128 pairs, else two.
+
+    plan: where to write, from `empty_plan` for the same sizes; a new one by default.
+    """
+    size = ids.numel()
+    if plan is None:
+        plan = empty_plan(heap(ids.device), size, num_experts, block)
+    pairs, tiles, count, counts = plan.pairs, plan.tiles, plan.count, plan.counts
+    ids = ids.contiguous()
+    if size <= _SMALL_PLAN:
+        pad = max(triton.next_power_of_2(size), 16)
+        launch(
+            small_plan_kernel, (1,),
+            ids, pairs, tiles, count, plan.inverse, size, num_experts, first_expert,
+            plan.max_tiles, BLOCK=block, SIZE=pad,
+        )  # fmt: skip
+        return plan
+    chunks = triton.cdiv(triton.cdiv(size, _CHUNK), _MAX_PROGRAMS)
+    programs = triton.cdiv(size, chunks * _CHUNK)
+    experts = triton.next_power_of_2(num_experts)
+    sizes = (size, num_experts, first_expert, chunks)
+    launch(count_kernel, (programs,), ids, counts, *sizes, EXPERTS=experts, CHUNK=_CHUNK)
+    launch(
+        place_kernel, (programs,),
+        ids, counts, pairs, tiles, count, plan.inverse, *sizes, plan.max_tiles,
+        BLOCK=block, EXPERTS=experts, CHUNK=_CHUNK,
+        ROWS=min(max(_COUNTS // experts, 1), _MAX_PROGRAMS), num_warps=8,
+    )  # fmt: skip
+    return plan
+
+
+@triton.jit
+def local_experts(ids_ptr, i, size, num_experts, first_expert):
+    """The local expert of pairs i, int32; num_experts where there is none."""
+    local = tl.load(ids_ptr + i, mask=i < size, other=0).to(tl.int64) - first_expert
+    valid = (i < size) & (local >= 0) & (local < num_experts)
+    return tl.where(valid, local, num_experts).to(tl.int32)
+
+
+@triton.jit
+def histogram(local, num_experts, EXPERTS: tl.constexpr):
+    """How many of these pairs each expert has."""
+    valid = local < num_experts
+    return tl.histogram(tl.where(valid, local, 0), EXPERTS, mask=valid)
+
+
+# Sizes that follow the tokens: one compiled kernel serves them all.
+@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
+def small_plan_kernel(
+    ids_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
+    size, num_experts, first_expert, max_tiles,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """Every pair compares itself with every other; SIZE squared comparisons in one program."""
+    i = tl.arange(0, SIZE)
+    local = local_experts(ids_ptr, i, size, num_experts, first_expert)
+    valid = local < num_experts
+    same = local[None, :] == local[:, None]
+    earlier = i[None, :] < i[:, None]
+    below = local[None, :] < local[:, None]
+    rank = tl.sum((same & earlier).to(tl.int32), axis=1)
+    run = tl.sum(same.to(tl.int32), axis=1)
+    position = tl.sum(below.to(tl.int32), axis=1) + rank
+    tl.store(pairs_ptr + position, i, mask=valid)
+    if inverse_ptr is not None:
+        tl.store(inverse_ptr + i, tl.where(valid, position, -1), mask=i < size)
+    starts = valid & (rank % BLOCK == 0)
+    before = (below | (same & earlier)) & starts[None, :]
+    tile = tl.sum(before.to(tl.int32), axis=1)
+    tl.store(tiles_ptr + tile, local, mask=starts)
+    tl.store(tiles_ptr + max_tiles + tile, position, mask=starts)
+    stop = position + tl.minimum(run - rank, BLOCK)
+    tl.store(tiles_ptr + 2 * max_tiles + tile, stop, mask=starts)
+    tl.store(count_ptr, tl.sum(starts.to(tl.int32)))
+
+
+@triton.jit(do_not_specialize=["size", "first_expert", "chunks"])
+def count_kernel(
+    ids_ptr, counts_ptr, size, num_experts, first_expert, chunks,
+    EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """How many of its pairs, some chunks of them, each expert has."""
+    program = tl.program_id(0)
+    start = program * chunks * CHUNK
+    stop = tl.minimum(start + chunks * CHUNK, size)
+    counts = tl.zeros((EXPERTS,), tl.int32)
+    # NOTE: with NumPy 2.4 the interpreter cannot take `range` bounds from arguments; `while` works.
+    while start < stop:
+        i = start + tl.arange(0, CHUNK)
+        local = local_experts(ids_ptr, i, size, num_experts, first_expert)
+        counts += histogram(local, num_experts, EXPERTS)
+        start += CHUNK
+    e = tl.arange(0, EXPERTS)
+    tl.store(counts_ptr + program * num_experts + e, counts, mask=e < num_experts)
+
+
+@triton.jit
+def _counts_of_all(counts_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
+    """How many pairs each expert has, and how many of them programs before this one."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    e = tl.arange(0, EXPERTS)
+    total = tl.zeros((ROWS, EXPERTS), tl.int32)
+    before = tl.zeros((ROWS, EXPERTS), tl.int32)
+    start = program * 0
+    while start < programs:
+        row = start + tl.arange(0, ROWS)
+        inside = (row < programs)[:, None] & (e < num_experts)[None, :]
+        at = counts_ptr + row[:, None] * num_experts + e[None, :]
+        counts = tl.load(at, mask=inside, other=0)
+        total += counts
+        before += tl.where((row < program)[:, None], counts, 0)
+        start += ROWS
+    return tl.sum(total, axis=0), tl.sum(before, axis=0)
+
+
+@triton.jit(do_not_specialize=["size", "first_expert", "chunks", "max_tiles"])
+def place_kernel(
+    ids_ptr, counts_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
+    size, num_experts, first_expert, chunks, max_tiles,
+    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Write the positions of a program's pairs, and the nth tile of all experts for its share of n.
+
+    A chunk's pairs are sorted, stably, and an expert's follow those of the chunks before.
+    """
+    program = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
+    total, before = _counts_of_all(counts_ptr, num_experts, EXPERTS, ROWS)
+    first = tl.cumsum(total, 0) - total
+    tiles = (total + BLOCK - 1) // BLOCK
+    if program == 0:
+        tl.store(count_ptr, tl.sum(tiles))
+    to = tiles_ptr + tl.cumsum(tiles, 0) - tiles
+    nth = program
+    while nth < tl.max(tiles, 0):
+        start = first + nth * BLOCK
+        tl.store(to + nth, e, mask=nth < tiles)
+        tl.store(to + max_tiles + nth, start, mask=nth < tiles)
+        stop = tl.minimum(start + BLOCK, first + total)
+        tl.store(to + 2 * max_tiles + nth, stop, mask=nth < tiles)
+        nth += tl.num_programs(0)
+    position = first + before
+    i = tl.arange(0, CHUNK)
+    start = program * chunks * CHUNK
+    stop = tl.minimum(start + chunks * CHUNK, size)
+    while start < stop:
+        local = local_experts(ids_ptr, start + i, size, num_experts, first_expert)
+        counts = histogram(local, num_experts, EXPERTS)
+        key = tl.sort(local * CHUNK + i)
+        local, pair = key // CHUNK, start + key % CHUNK
+        valid = local < num_experts
+        shift = position - (tl.cumsum(counts, 0) - counts)
+        at = tl.gather(shift, tl.where(valid, local, 0), 0) + i
+        tl.store(pairs_ptr + at, pair, mask=valid)
+        if inverse_ptr is not None:
+            tl.store(inverse_ptr + pair, tl.where(valid, at, -1), mask=pair < size)
+        position += counts
+        start += CHUNK
