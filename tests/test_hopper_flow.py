@@ -6,15 +6,16 @@ the weights: so rows, positions, orders of columns, scales and paddings must all
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import Case, make_input, make_weights
 from metrics import assert_matches
+from test_hopper_plan import ordered as reordered
+from triton_device import INTERPRET
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if not INTERPRET:
     pytest.skip("runs through test_triton_interpreter.py", allow_module_level=True)
 
 from moelten import dequantize, reference
@@ -28,14 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def in_order(rows: torch.Tensor, columns: int) -> torch.Tensor:
     """Columns as they are in memory, of rows in the order of operands; the rest are zeros."""
-    rows = rows.view(len(rows), -1, 4, 4, 2).transpose(2, 3).reshape(rows.shape)
+    rows = reordered(rows)  # twice is not at all
     assert not rows[:, columns:].any()
     return rows[:, :columns]
-
-
-def out_of_order(rows: torch.Tensor) -> torch.Tensor:
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32))
-    return rows.view(len(rows), -1, 4, 4, 2).transpose(2, 3).reshape(rows.shape)
 
 
 class Gemms:
@@ -86,7 +82,7 @@ class Gemms:
             if x.scale is not None:
                 rows = rows * x.scale[start:stop].view(-1, 1)
             y = self.layer(matrix, rows, expert, epilogue).to(out.dtype)
-            out[start:stop] = out_of_order(y) if ordered else y
+            out[start:stop] = reordered(y) if ordered else y
 
 
 @pytest.fixture

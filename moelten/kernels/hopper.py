@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from moelten.kernels.triton_plan import TilePlan
 
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 @dataclass(frozen=True, eq=False)
 class HopperBackend(ArenaBackend):
     """One type of operands, "bf16" or "fp16": that of the activations."""
@@ -101,12 +98,12 @@ class HopperBackend(ArenaBackend):
 
         fmt, hidden_size, inter = spec.scheme.activations, spec.hidden_size, spec.intermediate_size
         pairs, experts = tokens * top_k, spec.num_experts
-        weights, own = spec.scheme.weights, _DTYPES[self.operand]
+        weights, plain = spec.scheme.weights, isinstance(fmt, Float)
+        own = fmt.data_dtype if plain else torch.bfloat16  # which holds every code of 8 bits
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts, (hidden_size, inter))
         block = variant.block if variant else block_of(pairs, experts)
         dtype = torch.float16 if variant and stored.folded else own
-        plain = isinstance(fmt, Float)
         inputs = wide = None
         by_pair = on_input or "w13_pre_scale" in spec.extras
         if by_pair or not plain:

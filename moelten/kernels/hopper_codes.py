@@ -428,6 +428,11 @@ class Storage:
     folded: Storage | None = None
 
     @property
+    def scales_sums(self) -> bool:
+        """Whether scales multiply sums, group after group."""
+        return self.scale in ("group", "block")
+
+    @property
     def by_chunk(self) -> bool:
         """Whether a word has the scales of both blocks of a chunk, not those of one group."""
         return self.pairs is not None and self.pairs.registers == 2

@@ -133,8 +133,7 @@ def prefill_gemm(
     chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, stored, matrix.scale_type, matrix.operand,
-        epilogue.activation, limited, ordered, plan.block, variant.tiles, variant.slots,
-        variant.stage,
+        epilogue.activation, limited, ordered, variant,
     )  # fmt: skip
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(

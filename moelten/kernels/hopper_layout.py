@@ -103,7 +103,7 @@ class HopperLayout:
     def pack(self, matrix: QTensor) -> dict[str, Tensor]:
         stored = storage(matrix.format, self.operand)
         _check(matrix, stored)
-        if stored.scale in ("group", "block") and stored.folded is None:
+        if stored.scales_sums and stored.folded is None:
             _check_spans(matrix)
             matrix = _silence(matrix)
         parts = {"data": _pack_data(matrix, stored.code)}

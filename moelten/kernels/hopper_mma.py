@@ -14,7 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moelten.kernels.hopper_fragments import halves
 from moelten.kernels.hopper_ring import (
-    find_row_tile,
+    find_row_tiles,
     piece_size,
     piece_start,
     take_scale,
@@ -39,7 +39,7 @@ def _take_tokens(x, slot, c: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
     """Activations of a chunk, the c-th of its stage, [64, tokens] in pieces."""
     b = ()
     for i in gl.static_range(len(PIECES)):
-        piece = x.index(slot * P.stage + c)
+        piece = x.index(slot * P.variant.stage + c)
         piece = piece.slice(piece_start(PIECES, i), piece_size(PIECES, i), 0)
         b = b + (piece.permute((1, 0)).load(_RIGHT),)
     return b
@@ -99,26 +99,22 @@ def warp_sums(
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile."""
-    TILES: gl.constexpr = P.tiles // 2
+    TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
-    STAGE: gl.constexpr = P.stage
+    STAGE: gl.constexpr = P.variant.stage
     SPAN: gl.constexpr = max(P.weights.group // 64, 1)  # chunks of a group
-    matrix = ()
-    zero = ()
+    matrix, zero = find_row_tiles(zero_ptr, expert, row_tile, P)
     acc = ()
     none = ()
-    for t in gl.static_range(TILES):
-        m, z = find_row_tile(zero_ptr, expert, row_tile + t, P)
-        matrix = matrix + (m,)
-        zero = zero + (z,)
+    for _ in gl.static_range(TILES):
         acc = acc + (_zeros(PIECES),)
         none = none + (_zeros(PIECES),)
     for step in range(steps):
-        slot = turn % P.slots
-        mbarrier.wait(full.index(slot), turn // P.slots & 1)
+        slot = turn % P.variant.slots
+        mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
         part = none
         for c in gl.static_range(STAGE):
-            chunk = step * P.stage + c
+            chunk = step * STAGE + c
             b = _take_tokens(x, slot, c, PIECES, P)
             sums = ()
             rest = ()

@@ -73,7 +73,7 @@ def _work(
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work."""
-    SUMS: gl.constexpr = warp_sums if P.by_warp else warpgroup_sums
+    SUMS: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
     acc, turn = SUMS(
         words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
         group, PIECES, P,
@@ -85,7 +85,7 @@ def _work(
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     COUNT: gl.constexpr = len(PIECES)
-    for i in gl.static_range(P.tiles // 2 * COUNT):
+    for i in gl.static_range(P.variant.each * COUNT):
         tile = row_tile + i // COUNT
         at = first + piece_start(PIECES, i % COUNT)
         sums = acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)])
@@ -116,14 +116,14 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
         after = gl.minimum(index + gl.num_programs(0), last)
         following = piece_of_work(after, tiles_ptr, max_tiles, P)
         expert = expert.to(gl.int64)
-        row_tile += P.tiles // 2 * group
-        quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
+        row_tile += P.variant.each * group
+        quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
                 turn = _work(
                     words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr,
                     x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop,
-                    row_tile, steps, alpha, beta, limit, group, pieces(P.block, n), P,
+                    row_tile, steps, alpha, beta, limit, group, pieces(P.variant.block, n), P,
                 )  # fmt: skip
 
 
@@ -148,13 +148,15 @@ def prefill_kernel(
 
     The count is known at run time only, lest loops be unrolled.
     """
-    words = _room(w_desc, P.slots * P.tiles)
-    scales = _room(s_desc, P.slots * P.tiles)
-    zeros = _room(z_desc, P.slots * P.tiles)
-    x = gl.allocate_shared_memory(P.operand, [P.slots * P.stage, P.block, 64], x_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [P.slots, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [P.slots, 1], mbarrier.MBarrierLayout())
-    SLOTS: gl.constexpr = P.slots
+    words = _room(w_desc, P.variant.slots * P.variant.tiles)
+    scales = _room(s_desc, P.variant.slots * P.variant.tiles)
+    zeros = _room(z_desc, P.variant.slots * P.variant.tiles)
+    x = gl.allocate_shared_memory(
+        P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
+    SLOTS: gl.constexpr = P.variant.slots
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)

@@ -26,6 +26,7 @@ from moelten.kernels.hopper_fragments import (
     scale_layout,
     zero_words,
 )
+from moelten.kernels.hopper_schedule import WideVariant
 
 # Its name in later Tritons, and in 3.6.
 _bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -37,9 +38,7 @@ class Problem:
 
     rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
     ordered:       whether columns of the result stand in the order of operands, for the next GEMM
-    block:         most tokens of a tile
-    tiles:         row tiles of a piece of work, half of them for each warpgroup
-    slots, stage:  slots of the ring, chunks of each
+    variant:       tiles of tokens, pieces of work and slots of the ring
     """
 
     rows: int
@@ -51,10 +50,7 @@ class Problem:
     activation: str
     limited: bool
     ordered: bool
-    block: int
-    tiles: int
-    slots: int
-    stage: int
+    variant: WideVariant
 
     @property
     def row_tiles(self) -> int:
@@ -62,7 +58,7 @@ class Problem:
 
     @property
     def row_blocks(self) -> int:
-        return -(-self.row_tiles // self.tiles)
+        return -(-self.row_tiles // self.variant.tiles)
 
     @property
     def chunks(self) -> int:
@@ -73,14 +69,9 @@ class Problem:
         return -(-self.chunks // 4)
 
     @property
-    def by_warp(self) -> bool:
-        """Whether warps multiply by themselves, as pays for few tokens."""
-        return self.block <= 32
-
-    @property
     def scaled(self) -> bool:
         """Whether scales multiply sums, group after group."""
-        return self.weights.scale in ("group", "block")
+        return self.weights.scales_sums
 
     @property
     def groups(self) -> int:
@@ -125,11 +116,11 @@ def piece_of_work(index, tiles_ptr, max_tiles, P: gl.constexpr):
     expert = gl.load(tiles_ptr + tile)
     first = gl.load(tiles_ptr + max_tiles + tile)
     stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
-    return expert, first, stop, index % P.row_blocks * P.tiles
+    return expert, first, stop, index % P.row_blocks * P.variant.tiles
 
 
 @gluon.jit
-def find_row_tile(zero_ptr, expert, row_tile, P: gl.constexpr):
+def _find_row_tile(zero_ptr, expert, row_tile, P: gl.constexpr):
     """Which of all row tiles it is, the last again past it; and a whole row's zero points."""
     matrix = expert * P.row_tiles + gl.minimum(row_tile, P.row_tiles - 1)
     zero = 0
@@ -137,6 +128,19 @@ def find_row_tile(zero_ptr, expert, row_tile, P: gl.constexpr):
         W: gl.constexpr = P.weights
         warp, lane = zero_words(W, 4)
         zero = gl.load(zero_ptr + matrix * 32 + (warp * 8 + lane))
+    return matrix, zero
+
+
+@gluon.jit
+def find_row_tiles(zero_ptr, expert, row_tile, P: gl.constexpr):
+    """`_find_row_tile` of all that a warpgroup has: two tuples."""
+    EACH: gl.constexpr = P.variant.each
+    matrix = ()
+    zero = ()
+    for t in gl.static_range(EACH):
+        m, z = _find_row_tile(zero_ptr, expert, row_tile + t, P)
+        matrix = matrix + (m,)
+        zero = zero + (z,)
     return matrix, zero
 
 
@@ -153,20 +157,20 @@ def _fill(
     W_ROWS: gl.constexpr = w_desc.block_shape[0]
     S_ROWS: gl.constexpr = 0 if s_desc is None else s_desc.block_shape[0]
     Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[0]
-    TILES: gl.constexpr = P.tiles
-    BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + P.stage * BOXES * BOX)
-    STAGE: gl.constexpr = P.stage
+    TILES: gl.constexpr = P.variant.tiles
+    STAGE: gl.constexpr = P.variant.stage
+    BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * BOXES * BOX)
     for step in range(steps):
-        slot = turn % P.slots
-        mbarrier.wait(empty.index(slot), turn // P.slots & 1 ^ 1)
+        slot = turn % P.variant.slots
+        mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
         bar = full.index(slot)
         mbarrier.expect(bar, BYTES)
         for tile in gl.static_range(TILES):
             # Past the last row tile, that again; its results are not stored.
             matrix = expert * P.row_tiles + gl.minimum(row_tile + tile, P.row_tiles - 1)
-            row = matrix * (P.chunks * W_ROWS // P.stage) + step * W_ROWS
+            row = matrix * (P.chunks * W_ROWS // STAGE) + step * W_ROWS
             _bring(w_desc, [row, 0], bar, words.index(slot * TILES + tile))
-            block = matrix * P.super_blocks + step * P.stage // 4
+            block = matrix * P.super_blocks + step * STAGE // 4
             if s_desc is not None:
                 to = scales.index(slot * TILES + tile)
                 _bring(s_desc, [block * S_ROWS, 0], bar, to)
@@ -175,8 +179,8 @@ def _fill(
                 _bring(z_desc, [block * Z_ROWS, 0], bar, to)
         for c in gl.static_range(STAGE):
             for box in gl.static_range(BOXES):
-                piece = x.index(slot * P.stage + c).slice(box * BOX, BOX, 0)
-                at = [first + box * BOX, (step * P.stage + c) * 64]
+                piece = x.index(slot * STAGE + c).slice(box * BOX, BOX, 0)
+                at = [first + box * BOX, (step * STAGE + c) * 64]
                 _bring(x_desc, at, bar, piece)
         turn += 1
     return turn
@@ -192,7 +196,7 @@ def produce(arguments, P: gl.constexpr):
     turn = 0
     for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
         expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
-        quarters = (stop - first + P.block // 4 - 1) // (P.block // 4)
+        quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
         for boxes in gl.static_range(1, 5):
             if quarters == boxes:
                 turn = _fill(
@@ -294,17 +298,19 @@ def take_weights(
     W: gl.constexpr = P.weights
     LOADS: gl.constexpr = W.code.bits // 4
     OPERAND: gl.constexpr = P.operand
-    w = words.index(slot * P.tiles + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
+    w = words.index(slot * P.variant.tiles + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
     w = w.load(_code_layout(LOADS)).reshape([LOADS, 4, 128]).permute((1, 0, 2))
     w = gl.convert_layout(w, load_layout(4, LOADS), assert_trivial=True)
     s = 0
     if W.scale == "fold":
         s = _for_quads(
-            _take(scales.index(slot * P.tiles + tile), chunk, P.words, P.spread), P.spread
+            _take(scales.index(slot * P.variant.tiles + tile), chunk, P.words, P.spread), P.spread
         )
     if W.zeros is not None and W.group != 0:
         WORDS: gl.constexpr = 2 if W.group == 32 else 1
-        zero = _for_quads(_take(zeros.index(slot * P.tiles + tile), chunk, WORDS, False), False)
+        zero = _for_quads(
+            _take(zeros.index(slot * P.variant.tiles + tile), chunk, WORDS, False), False
+        )
         zero = zero >> chunk_zero(chunk, W)[1]
     return operands(w, s, zero, W, OPERAND)
 
@@ -312,7 +318,7 @@ def take_weights(
 @gluon.jit
 def take_stage(words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
     """`take_weights` of a stage's chunks, of which `chunk` is the first."""
-    STAGE: gl.constexpr = P.stage
+    STAGE: gl.constexpr = P.variant.stage
     a = ()
     for c in gl.static_range(STAGE):
         a = a + (take_weights(words, scales, zeros, zero, slot, tile, chunk + c, c, P),)
@@ -335,7 +341,7 @@ def take_scale(
         words = gl.load(scale_ptr + at + n + gl.zeros([4, 8, 2], gl.int32, L))
         rows = floats(words, W, TYPE)
     else:
-        words = _take(scales.index(slot * P.tiles + tile), chunk, P.words, False)
+        words = _take(scales.index(slot * P.variant.tiles + tile), chunk, P.words, False)
         words = gl.convert_layout(words, scale_layout(4, words.shape[2]), assert_trivial=True)
         rows = floats(words, W, TYPE)  # warps g b c
         if rows.shape[3] == 2:

@@ -44,6 +44,11 @@ class WideVariant:
     tiles: int = 4
 
     @property
+    def each(self) -> int:
+        """Row tiles of each of two warpgroups."""
+        return self.tiles // 2
+
+    @property
     def by_warp(self) -> bool:
         """Whether warps multiply by themselves, which costs what the tokens cost."""
         return self.block <= 32
@@ -114,7 +119,8 @@ def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     """Two chunks to a stage where those are few bytes, or one group's; else sums would be brought
     to other units (`hopper_wgmma`) between chunks of the same row tile."""
     little = stored.code.bits == 4 or stored.scale == "block"
-    return _fitted(stored, scale_type, 128, 2 if little and _is_one_group(stored) else 1)
+    one_group = not stored.scales_sums or stored.group == 128
+    return _fitted(stored, scale_type, 128, 2 if little and one_group else 1)
 
 
 def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
@@ -134,17 +140,11 @@ def warp_variant(
     return _fitted(stored, scale_type, 32, max(stage, stored.group // 64, 1))
 
 
-def _is_one_group(stored: Storage) -> bool:
-    """Whether two chunks have one scale, of those that multiply sums."""
-    return stored.scale not in ("group", "block") or stored.group == 128
-
-
 def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -> bool:
     """Whether pieces of 8 row tiles of 4 bits are enough for every multiprocessor."""
     hidden, inter = columns
     pieces = num_experts * min(hidden // 64, inter // 32) // 8
-    no_sums = stored.scale not in ("group", "block")
-    return stored.code.bits == 4 and no_sums and pieces >= _WANTED_PROGRAMS
+    return stored.code.bits == 4 and not stored.scales_sums and pieces >= _WANTED_PROGRAMS
 
 
 def _fitted(
@@ -197,4 +197,4 @@ def _registers(stored: Storage, block: int) -> int:
         return 72 if stored.scale == "fold" and stored.code.bits == 4 else 80
     if two_products:
         return 168
-    return 96 if stored.code.bits == 4 and stored.scale not in ("group", "block") else 128
+    return 96 if stored.code.bits == 4 and not stored.scales_sums else 128

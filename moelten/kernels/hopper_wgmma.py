@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moelten.kernels.hopper_fragments import halves
 from moelten.kernels.hopper_ring import (
-    find_row_tile,
+    find_row_tiles,
     piece_size,
     piece_start,
     take_scale,
@@ -49,7 +49,7 @@ def _multiply(
 ):  # fmt: skip
     """acc + a row tile's stage, or a group of it, @ x: in flight."""
     K: gl.constexpr = 64 // P.groups
-    STAGE: gl.constexpr = P.stage
+    STAGE: gl.constexpr = P.variant.stage
     for c in gl.static_range(STAGE):
         left = a[c]
         if P.groups == 2:
@@ -62,7 +62,9 @@ def _multiply(
                 gl.DotOperandLayout(0, _sum_layout(piece_size(PIECES, i)), 2),
                 assert_trivial=True,
             )
-            b = x.index(slot * P.stage + c).slice(piece_start(PIECES, i), piece_size(PIECES, i), 0)
+            b = x.index(slot * P.variant.stage + c).slice(
+                piece_start(PIECES, i), piece_size(PIECES, i), 0
+            )
             b = b.slice(group * K, K, 1).permute((1, 0))
             out = out + (warpgroup_mma(own, b, acc[i], is_async=True),)
         acc = out
@@ -135,28 +137,24 @@ def warpgroup_sums(
     Row tiles take turns, group after group. While one multiplies, the one whose turn is next is
     decoded, and its sums are brought to its next scales.
     """
-    TILES: gl.constexpr = P.tiles // 2
+    TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
     TURNS: gl.constexpr = TILES * P.groups
-    slot = turn % P.slots
+    slot = turn % P.variant.slots
     start = turn * 0
-    mbarrier.wait(full.index(slot), turn // P.slots & 1)
-    matrix = ()
-    zero = ()
+    mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
+    matrix, zero = find_row_tiles(zero_ptr, expert, row_tile, P)
     acc = ()
     unit = ()
     for t in gl.static_range(TILES):
-        m, z = find_row_tile(zero_ptr, expert, row_tile + t, P)
-        matrix = matrix + (m,)
-        zero = zero + (z,)
         acc = acc + (_zeros(PIECES),)
-        unit = unit + (_first_unit(scales, scale_ptr, m, slot, FIRST + t, start, P),)
+        unit = unit + (_first_unit(scales, scale_ptr, matrix[t], slot, FIRST + t, start, P),)
     first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P)
     for step in range(steps):
-        slot = turn % P.slots
-        chunk = step * P.stage
-        next_slot = (turn + 1) % P.slots
-        next_phase = (turn + 1) // P.slots & 1
+        slot = turn % P.variant.slots
+        chunk = step * P.variant.stage
+        next_slot = (turn + 1) % P.variant.slots
+        next_phase = (turn + 1) // P.variant.slots & 1
         more = step + 1 < steps
         a = (first,)
         for i in gl.static_range(TURNS):
@@ -179,14 +177,14 @@ def warpgroup_sums(
             else:
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
                 if P.scaled:
-                    after = gl.minimum(chunk + P.stage, P.chunks - 1)
+                    after = gl.minimum(chunk + P.variant.stage, P.chunks - 1)
                     scale = take_scale(scales, scale_ptr, matrix[0], next_slot, FIRST, after, 0, P)
                     # After the last stage a slot holds anything.
                     sums, own = _rescale(acc[0], unit[0], gl.where(more, scale, unit[0]))
                     acc = _put(acc, 0, sums)
                     unit = _put(unit, 0, own)
                 first = take_stage(
-                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.stage, P
+                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P
                 )
                 turn = _end_block(turn)
             acc = _put(acc, i % TILES, _wait(now))
