@@ -100,18 +100,21 @@ def abs_bits(x):
 
 
 @triton.jit
-def encode_e4m3(x):
-    """fp32 to e4m3 codes (uint8), clamped to +-448; NaN stays NaN."""
-    magnitude = abs_bits(x)
+def encode_e4m3(x, NATIVE: tl.constexpr = False):
+    """fp32 to e4m3 codes (uint8), clamped to +-448; NaN stays NaN and keeps its sign."""
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    clamped = tl.minimum(magnitude, 0x43E00000)
-    normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - 960
-    # Adding 2**14 leaves the sum a step of 2**-9, the step of e4m3 below 2**-6.
-    shifted = clamped.to(tl.float32, bitcast=True) + 16384.0
-    small = shifted.to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(clamped < 0x3C800000, small, normal)
-    code = tl.where(magnitude > 0x7F800000, 0x7F, code)
-    return (code | sign).to(tl.uint8)
+    if NATIVE:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True) | sign.to(tl.uint8)
+    else:
+        magnitude = abs_bits(x)
+        clamped = tl.minimum(magnitude, 0x43E00000)
+        normal = ((clamped + 0x7FFFF + ((clamped >> 20) & 1)) >> 20) - 960
+        # Adding 2**14 leaves the sum a step of 2**-9, the step of e4m3 below 2**-6.
+        shifted = clamped.to(tl.float32, bitcast=True) + 16384.0
+        small = shifted.to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.where(clamped < 0x3C800000, small, normal)
+        code = tl.where(magnitude > 0x7F800000, 0x7F, code)
+        return (code | sign).to(tl.uint8)
 
 
 @triton.jit

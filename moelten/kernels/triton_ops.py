@@ -7,6 +7,7 @@ read and adds nothing. Quantized rows are bit for bit those of `moelten.qtensor`
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -121,10 +122,18 @@ def quantize_rows(
         1 if pairs is None else extra.ids.shape[1], extra.num_experts, extra.first_expert,
         count, columns,
         KIND=kind, GROUP=group, GROUPS=groups if tile == 1 else max(groups, 4),
-        BY_TOKEN=by_token, ROW_TILE=tile,
+        BY_TOKEN=by_token, ROW_TILE=tile, NATIVE=_rounds_to_e4m3(x.device),
         num_warps=4 if group * groups <= 4096 else 8,
     )  # fmt: skip
     return rows
+
+
+@cache
+def _rounds_to_e4m3(device: torch.device) -> bool:
+    """Whether a conversion to e4m3 is an instruction, which rounds and clamps as ours."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit
@@ -146,7 +155,7 @@ def quantize_kernel(
     x_ptr, codes_ptr, scale_ptr, global_ptr, ids_ptr, router_ptr, pre_ptr, static_ptr,
     top_k, num_experts, first_expert, count, columns,
     KIND: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    BY_TOKEN: tl.constexpr, ROW_TILE: tl.constexpr,
+    BY_TOKEN: tl.constexpr, ROW_TILE: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     expert = row * 0
@@ -207,10 +216,10 @@ def quantize_kernel(
                     scale = tl.where(scale == 0.0, 1.0, scale)
                 tl.store(scale_at, scale, mask=g < group_count)
             scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], (GROUPS, GROUP)))
-            codes = encode_int8(scaled) if KIND == "int8" else encode_e4m3(scaled)
+            codes = encode_int8(scaled) if KIND == "int8" else encode_e4m3(scaled, NATIVE)
             if codes_ptr.dtype.element_ty.is_floating():
                 # Exact in 16 bits.
-                codes = codes.to(tl.float32) if KIND == "int8" else decode_e4m3(codes, False)
+                codes = codes.to(tl.float32) if KIND == "int8" else decode_e4m3(codes, NATIVE)
                 codes = round_to(codes, codes_ptr.dtype.element_ty)
             tl.store(codes_ptr + row * columns + k, codes, mask=inside)
 
