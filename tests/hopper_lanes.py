@@ -1,6 +1,6 @@
 """What the lanes of a Hopper kernel read, by the book: packed tensors back to weights.
 
-Written from the PTX ISA's pictures of m16n8k16 and m16n8k32 and from how a lane loads its
+Written from the PTX ISA's picture of m16n8k16 and from how a lane loads its
 activations, not from the packer: offsets are those of a kernel's pointers, bit moves are the PTX
 that kernels run, in an interpreter. All words are int64 tensors [tiles, chunks, 4 warps, 32 lanes].
 """
@@ -76,29 +76,21 @@ class Lanes:
                     value = self.element(register, element) * scale
                     yield (row, 64 * self.chunk + 32 * c + column), value
 
-    def columns(self, c: int, j: int, s: int = 0) -> list[Tensor]:
+    def columns(self, c: int, j: int, s: int) -> list[Tensor]:
         """Columns within 32 of a register's elements.
 
-        A lane loads its activations as 8 columns from 8 t. With 16 bits that is four registers, and
-        step s feeds two of them (j) to the instruction; with 8 bits two, for the one step.
+        A lane loads its activations as 8 columns from 8 t. That is four registers, and step s feeds
+        two of them (j) to the instruction.
         """
-        if self.stored.code.operand in ("e4m3", "int8"):
-            return [8 * self.t + 4 * j + i for i in range(4)]
         return [8 * self.t + 2 * (2 * s + j) + h for h in (0, 1)]
 
     def element(self, register: Tensor, element: int) -> Tensor:
-        operand = self.stored.code.operand
-        if operand in ("bf16", "fp16"):
-            return ptx.decode_float(register >> 16 * element & 0xFFFF, operand.replace("fp", "f"))
-        byte = register >> 8 * element & 0xFF
-        return ptx.decode_e4m3(byte) if operand == "e4m3" else (byte ^ 128).double() - 128
+        kind = self.stored.code.operand.replace("fp", "f")
+        return ptx.decode_float(register >> 16 * element & 0xFFFF, kind)
 
     def registers(self, c: int) -> dict[tuple[int, ...], Tensor]:
-        """Registers of block c by (b, j, s), or (b, j) where an instruction takes 32 columns."""
+        """Registers of block c by (b, j, s)."""
         code, halves = self.stored.code, (0, 1)
-        if code.operand in ("e4m3", "int8"):
-            out = self.decode(0)
-            return {(b, j): out[c + 2 * (b + 2 * j)] for b in halves for j in halves}
         keys = [(b, j, s) for b in halves for j in halves for s in halves]
         if code.bits == 4:
             out = self.decode(0)

@@ -52,8 +52,6 @@ PAIRS = [
     *((fmt, operand) for fmt in SIXTEEN for operand in ("bf16", "fp16")),
     (BF16, "bf16"),
     (FP16, "fp16"),
-    *((fmt, operand) for fmt in INT4 if not fmt.zero_point for operand in ("e4m3", "int8")),
-    (MXFP4(), "e4m3"),
 ]
 IDS = [f"{fmt.name}-{getattr(fmt, 'scale', '')}-{operand}" for fmt, operand in PAIRS]
 SHAPES = [(2, 40, 384), (1, 70, 128), (136, 640), (24, 96), (2, 8, 80)]
@@ -80,10 +78,11 @@ def test_lanes_decode_what_dequantize_does(fmt, operand, shape):
 
 
 @pytest.mark.parametrize("operand", ["bf16", "fp16"])
-def test_scales_that_fold_in_fp16_are_exact(operand):
+@pytest.mark.parametrize("group", [32, 64])
+def test_scales_that_fold_in_fp16_are_exact(group, operand):
     """Over 27 powers of two in a row, of both signs, from any power on; below they round."""
     for shape in ((2, 40, 384), (136, 640)):
-        q = hopper_lanes.matrix(Int4(32), shape)
+        q = hopper_lanes.matrix(Int4(group), shape)
         g = torch.Generator().manual_seed(shape[-1])
         exponent = torch.randint(-26, 1, q.scale.shape, generator=g)
         exponent += torch.randint(-60, 60, (*q.scale.shape[:-1], 1), generator=g)
@@ -96,11 +95,12 @@ def test_scales_that_fold_in_fp16_are_exact(operand):
     assert (error <= 2.0**-33 * small.scale.abs().amax(-1, keepdim=True).double()).all()
 
 
-def test_only_groups_of_32_fold():
-    """Wider groups are faster as sums in changing units, and fp16 scales already fit."""
+def test_only_small_groups_fold():
+    """Wider ones are as fast as sums in changing units, and fp16 scales already fit."""
     for fmt in (*INT4, Int4(32, scale="float16")):
         folds = storage(fmt, "bf16").folded is not None
-        assert folds == (fmt.group_size == 32 and fmt.scale == "bfloat16" and not fmt.zero_point)
+        small = fmt.group_size in (32, 64)
+        assert folds == (small and fmt.scale == "bfloat16" and not fmt.zero_point)
 
 
 @pytest.mark.parametrize("fmt, operand", PAIRS, ids=IDS)
@@ -129,9 +129,6 @@ BUDGET = {
     "INT8_FP16": (12, 8),
     "BF16": (0, 0),
     "FP16": (0, 0),
-    "E2M1_E4M3": (20, 0),  # 5
-    "INT4_E4M3": (28, 0),  # 7
-    "INT4_INT8": (12, 0),  # 3
     # Words of row parameters.
     "E8M0_PAIRS": (3, 0),
     "BF16_PAIR": (2, 1),
@@ -257,6 +254,6 @@ def test_exponents_of_zeros_bind_nothing_and_come_back(fmt, live):
 
 
 def test_pairs_without_a_storage_are_refused():
-    for fmt, operand in ((FP16, "bf16"), (Int4(32, True), "int8"), (Int4(48), "bf16")):
+    for fmt, operand in ((FP16, "bf16"), (BF16, "fp16"), (Int4(48), "bf16")):
         with pytest.raises(UnsupportedError, match=f"no {fmt.name} weights as {operand} operands"):
             storage(fmt, operand)

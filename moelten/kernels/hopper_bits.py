@@ -26,7 +26,6 @@ class Code:
     pair:      "": none; "scale": 16-bit multipliers of rows (b = 0, b = 1); "zero": what to
                subtract from each row, in the same form
     flip:      32-bit pattern that is XORed to a canonical word before its bits are placed
-    fold:      whether int4 codes are first turned into sign and magnitude (q, or -1 - q)
     epilogue:  what remains of the powers of two; multiplies the accumulator
     """
 
@@ -37,12 +36,11 @@ class Code:
     ptx: str
     pair: str = ""
     flip: int = 0
-    fold: bool = False
     epilogue: float = 1.0
 
     @property
     def registers(self) -> int:
-        return (8 if self.operand in ("e4m3", "int8") else 16) * 4 // self.bits
+        return 64 // self.bits
 
     @property
     def constraints(self) -> str:
@@ -73,16 +71,14 @@ class PairCode:
 class Piece:
     """Some bits of a register: `bits` of each of its elements, found in `word` after a move.
 
-    word:   0 (A), 1 (B) or 2: the parts of A and B that no other register uses, merged
-    move:   "", "rot" (rotate the 32-bit word right) or "shl", by `by`
-    period: bits per element, 16 or 8
+    word: 0 (A), 1 (B) or 2: the parts of A and B that no other register uses, merged
+    move: "", "rot" (rotate the 32-bit word right) or "shl", by `by`
     """
 
     word: int
     move: str
     by: int
     bits: Bits
-    period: int = 16
 
     def source(self, bit: int) -> int:
         """Bit of the stored word that the move brings to `bit`."""
@@ -90,7 +86,7 @@ class Piece:
 
     @property
     def mask(self) -> int:
-        return sum(1 << bit + at for bit in self.bits for at in range(0, 32, self.period))
+        return sum(1 << bit + at for bit in self.bits for at in (0, 16))
 
 
 Pieces = tuple[tuple[Piece, ...], ...]
@@ -131,23 +127,23 @@ def place(
     index:  (register, element within it) to the number of the code in canonical order
     shared: bits of A that belong to word 2; those of B are the others
     """
-    width, period = len(target), registers[0][0].period
+    width = len(target)
     places = {}
     for register, pieces in enumerate(registers):
-        for element in range(32 // period):
+        for element in (0, 1):
             for bit, to in enumerate(target):
                 piece = next(p for p in pieces if to in p.bits)
-                at = piece.source(to + period * element)
+                at = piece.source(to + 16 * element)
                 word = piece.word if piece.word < 2 else 1 - (shared >> at & 1)
                 places[width * index(register, element) + bit] = 32 * word + at
     assert sorted(places) == sorted(places.values()), "every bit has a place of its own"
     return tuple(places[bit] for bit in range(len(places)))
 
 
-def unit_index(bits: int, elements: int = 2) -> Callable[[int, int], int]:
+def unit_index(bits: int) -> Callable[[int, int], int]:
     """Code number in a unit for registers counted b + 2 * (j + 2 * s): `hopper_layout.K_ORDER`."""
     return lambda register, element: (
-        32 // bits * (register & 1) + elements * (register >> 1) + element
+        32 // bits * (register & 1) + 2 * (register >> 1) + element
     )
 
 

@@ -261,78 +261,6 @@ def _identity(operand: str) -> Code:
 BF16, FP16 = _identity("bf16"), _identity("fp16")
 
 
-# Operands of 8 bits: a register is 4 columns of one row, so a run has two (j), and a load of 4-bit
-# codes 8 registers, c + 2 * (b + 2 * j). ---------------------------------------------------------
-
-
-def _bytes(pieces: Pieces, operand: str, name: str, target: Bits, epilogue: float) -> Code:
-    lines = []
-    for block in (0, 1):
-        words = [f"${8 + 2 * block}", f"${9 + 2 * block}"]
-        for index, parts in enumerate(pieces):
-            lines += gather(parts, words, f"${block + 2 * index}")
-    places = place(pieces, target, unit_index(4, elements=4))
-    return Code(name, operand, 4, places, body(lines), epilogue=epilogue)
-
-
-# The value * 2**-6: exponent at 4 and 3, mantissa at 2.
-E2M1_E4M3 = _bytes(
-    tuple(
-        pieces
-        for word in (0, 1)
-        for pieces in (
-            (Piece(word, "", 0, (2, 3, 4, 7), 8),),
-            (Piece(word, "shl", 2, (2, 3, 7), 8), Piece(word, "rot", 2, (4,), 8)),
-        )
-    ),
-    "e4m3",
-    "e2m1",
-    (2, 3, 4, 7),
-    64.0,
-)
-# 16 * q: the high nibble of a byte.
-INT4_INT8 = _bytes(
-    tuple(
-        (Piece(word, move, by, (4, 5, 6, 7), 8),)
-        for word in (0, 1)
-        for move, by in (("", 0), ("shl", 4))
-    ),
-    "int8",
-    "int4",
-    (4, 5, 6, 7),
-    1 / 16,
-)
-
-
-def _int4_e4m3() -> Code:
-    """2 * q * 2**-9: the smallest e4m3 codes count 0..16. Sign at bit 0 of a nibble, m above it.
-
-    Sign times 0x82 is the sign where e4m3 has it, and the one that m = -1 - q lacks.
-    """
-    lines = []
-    for block in (0, 1):
-        for j in (0, 1):
-            for b in (0, 1):
-                word = f"${8 + 2 * block + j}"
-                if b:
-                    lines.append(f"shr.u32 t0, {word}, 4;")
-                    word = "t0"
-                lines.append(f"and.b32 t1, {word}, 0x01010101;")
-                lines.append(f"and.b32 t2, {word}, 0x0e0e0e0e;")
-                lines.append(f"mad.lo.u32 ${block + 2 * (b + 2 * j)}, t1, 0x82, t2;")
-    placement = tuple(
-        32 * j + 8 * i + 4 * b + (bit + 1) % 4
-        for b in (0, 1)
-        for j in (0, 1)
-        for i in range(4)
-        for bit in range(4)
-    )
-    return Code("int4", "e4m3", 4, placement, body(lines), fold=True, epilogue=256.0)
-
-
-INT4_E4M3 = _int4_e4m3()
-
-
 # Pairs of row parameters ------------------------------------------------------------------------
 
 
@@ -443,15 +371,12 @@ _INT4 = {
     ("bf16", True): INT4_BF16_ZERO,
     ("fp16", False): INT4_FP16,
     ("fp16", True): INT4_FP16_ZERO,
-    ("e4m3", False): INT4_E4M3,
-    ("int8", False): INT4_INT8,
 }
 _INT4_GROUPS = (32, 64, 128, None)
 _ZEROS = {"bf16": ZERO_BF16_PAIRS, "fp16": ZERO_FP16_PAIRS}
 _OTHERS = {
     (MXFP4, "bf16"): Storage(E2M1_BF16, "fold", 32, E8M0_PAIRS, bias=126, least=-5),
     (MXFP4, "fp16"): Storage(E2M1_FP16, "group", 32, E8M0_PAIRS),
-    (MXFP4, "e4m3"): Storage(E2M1_E4M3, "group", 32, E8M0_PAIRS),
     (NVFP4, "bf16"): Storage(E2M1_BF16_SCALED, "fold", 16, E4M3_BF16_PAIRS),
     (NVFP4, "fp16"): Storage(E2M1_FP16_SCALED, "fold", 16, E4M3_FP16_PAIRS),
     (MXFP8, "bf16"): Storage(E4M3_BF16_SCALED, "fold", 32, E8M0_PAIRS, bias=120, least=3),
@@ -467,7 +392,7 @@ _BYTES = {
 
 @lru_cache(maxsize=256)
 def storage(fmt: Format, operand: str) -> Storage:
-    """How weights in `fmt` are stored for operands "bf16", "fp16", "e4m3" or "int8"."""
+    """How weights in `fmt` are stored for operands "bf16" or "fp16"."""
     kind, (rows, group) = type(fmt), fmt.block
     if isinstance(fmt, Float) and fmt.name == operand:
         return Storage({"bf16": BF16, "fp16": FP16}[operand])
@@ -477,7 +402,7 @@ def storage(fmt: Format, operand: str) -> Storage:
     if isinstance(fmt, Int4) and (operand, fmt.zero_point) in _INT4 and group in _INT4_GROUPS:
         zeros = _ZEROS[operand] if fmt.zero_point else None
         folded = None
-        if operand in _ZEROS and group == 32 and not fmt.zero_point and fmt.scale == "bfloat16":
+        if group in (32, 64) and not fmt.zero_point and fmt.scale == "bfloat16":
             folded = Storage(INT4_FP16_SCALED, "fold", group, BF16_PAIR)
         code = _INT4[operand, fmt.zero_point]
         return Storage(code, where, group or 0, zeros=zeros, folded=folded)

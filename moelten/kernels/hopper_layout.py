@@ -30,8 +30,6 @@ group of 32 is two whole matrix instructions (s), whatever their own order of co
         half of register h  0 1 0 1 0 1 0 1 0 1 ...
 
 For m16n8k16 (and wgmma with the left operand in registers) j = 1 is the fragment's "k + 8" half.
-With operands of 8 bits a register has four columns, and an instruction the whole block: the same
-runs, with k = 64 * chunk + 32 * c + 8 * t + 4 * j + i.
 
 Loads. 4-bit codes need 1 load per chunk (words: c, then A and B of `hopper_codes`), 8-bit codes 2
 (load: c; words: s, then A and B), 16-bit 4 (load: 2 c + s; words: j, then b: the fragment itself).
@@ -90,11 +88,11 @@ _SLAB_BYTES = 4 << 20  # of a matrix at a time: little enough for caches, and fe
 class HopperLayout:
     """The layout for one type of operands, which decides where the bits of a code go.
 
-    operand: "bf16", "fp16", "e4m3" or "int8": what the activations are multiplied as
+    operand: "bf16" or "fp16": what the activations are multiplied as
     """
 
     operand: str = "bf16"
-    version: int = 2
+    version: int = 3
 
     @property
     def name(self) -> str:
@@ -252,7 +250,7 @@ def _pack_data(matrix: QTensor, code: Code) -> Tensor:
     words = _tile_rows(raw, per_chunk).view(torch.int32)
     axes, order = _runs(code)
     units = torch.unflatten(words, -1, (-1, 2, LANES_T, *axes)).permute(order)
-    placed = _map_bits(_fold(units, code), code.placement, before=code.flip)
+    placed = _map_bits(units, code.placement, before=code.flip)
     return placed.view(words.shape[0], -1, code.bits // 4, WARPS, LANES_G * LANES_T, 4)
 
 
@@ -261,15 +259,8 @@ def _unpack_data(packed: Tensor, code: Code) -> Tensor:
     axes, order = _runs(code)
     sizes = (packed.shape[0], WARPS, LANES_G, 2, packed.shape[1], 2, LANES_T, *axes)
     units = packed.contiguous().view([sizes[axis] for axis in order])
-    words = _fold(_map_bits(units, _inverse(code.placement), after=code.flip), code)
+    words = _map_bits(units, _inverse(code.placement), after=code.flip)
     return words.permute(_inverse(order)).flatten(4).view(torch.uint8)
-
-
-def _fold(words: Tensor, code: Code) -> Tensor:
-    """Two's complement nibbles to sign and magnitude (q or -1 - q), and back."""
-    if not code.fold:
-        return words
-    return words ^ ((words >> 3) & 0x11111111) * 7
 
 
 def _map_bits(units: Tensor, placement: Bits, before: int = 0, after: int = 0) -> Tensor:
