@@ -13,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 from hopper_offline import (
-    OPERANDS,
     compile_kernel,
     innermost,
     listing_of,
@@ -52,14 +51,14 @@ CASES: dict[str, tuple[Format, str]] = {
     "int4g64 in fp16": (Int4(64), "fp16"),
 }
 
-SCARCE = ("nvfp4", "int4g128z", "int4g32")
+SCARCE = ("nvfp4", "int4g128z", "int4g32", "int4g128", "int8")
 
 
 def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
-    """GEMM1 (two halves, SwiGLU) or GEMM2 (one half) as `prefill_gemm` calls it."""
+    """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, scales of rows) as `prefill_gemm` calls it."""
     given = storage(fmt, operand)
-    stored, kind = (given.folded, "fp16") if given.folded else (given, operand)
-    scale = scale_name(fmt, stored)
+    stored = given.folded or given
+    kind, scale = stored.code.operand, scale_name(fmt, stored)
     variant = choose(stored, scale)
     chunk, scales, zeros = box_rows(stored, scale)
 
@@ -71,14 +70,13 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
         "s_desc": boxes(scales),
         "z_desc": boxes(zeros),
         "x_desc": f"tensordesc<{kind}[{variant.block // 4},64],{_TOKENS!r}>",
-        "x_scale_ptr": None if kind == operand else "*fp32",
+        "x_scale_ptr": "*fp32" if halves == 1 or kind != operand else None,
         "scale_ptr": "*u32" if stored.scale == "block" else None,
         "zero_ptr": "*u32" if stored.zeros and not stored.group else None,
         "steps": "i32",
     }
     activation = "swiglu" if halves == 2 else "none"
-    sizes = (2048, 4096, halves, stored, scale, OPERANDS[kind], activation, False, halves == 2)
-    problem = Problem(*sizes, variant)
+    problem = Problem(2048, 4096, halves, scale, activation, False, halves == 2, variant)
     return compile_kernel(prefill_kernel, types, {"P": problem}, num_warps=4)
 
 
@@ -99,9 +97,11 @@ def test_machine_code(name, halves, choose):
     bodies = [listing[loop] for loop in innermost(loops(listing, "HGMMA"))]
     # Two warpgroups, each with four widths of tiles.
     assert len(bodies) == 8
+    widths: list[set[int]] = []
     for body in bodies:
         names = operations(body)
         products = [line for line in body if "HGMMA" in line]
+        widths.append({int(re.search(r"HGMMA\.64x(\d+)x16", line)[1]) for line in products})
         # The left operand is in registers, and nothing is spilled.
         assert all(re.search(r"HGMMA\S+ R\d+, R\d+, gdesc", line) for line in products)
         assert not {"LDL", "STL"} & set(names)
@@ -110,6 +110,9 @@ def test_machine_code(name, halves, choose):
         # Products wait for each other at most twice a group, not one by one.
         waits = sum("DEPBAR" in line for line in body)
         assert waits <= len(products) // 2 and waits <= 6
+    quarter = 16 if choose is narrow_variant else 32
+    three = {2 * quarter, quarter} if choose is narrow_variant or name == "int4g32z" else {96}
+    assert widths == [{quarter}, {2 * quarter}, three, {4 * quarter}] * 2
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4g128", "int4g32z", "fp8block", "bf16"])

@@ -14,12 +14,14 @@ def scale_tokens(acc, scale_ptr, first, stop, pairs_ptr, rows_per_source):
 
     Rows are by position, or, where pairs are given, by pair, of which so many share one.
     """
+    # One address per lane, and not one for each of its tokens: registers are scarce.
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout)))
-    row = first + gl.arange(0, acc.shape[3], L)
-    inside = row < stop
+    row = gl.minimum(first + gl.arange(0, acc.shape[3], LANES), stop - 1)
     if pairs_ptr is not None:
-        row = gl.load(pairs_ptr + row, mask=inside, other=0) // rows_per_source
-    return acc * gl.load(scale_ptr + row, mask=inside, other=0.0)[None, None, None, :]
+        row = gl.load(pairs_ptr + row) // rows_per_source
+    scale = gl.convert_layout(gl.load(scale_ptr + row), L)
+    return acc * scale[None, None, None, :]
 
 
 @gluon.jit

@@ -104,13 +104,26 @@ def sum_layout(warps, tokens):
 
 
 @gluon.jit
+def _registers(d, LOADS: gl.constexpr):
+    """The registers of operands [4 warps, 16, 64] as uint32 [64, 32]: rows, and j t s c."""
+    if LOADS == 1:  # axes warp load g t b c, j s
+        a = gl.join(gl.join(d[0], d[1]), gl.join(d[2], d[3])).permute((0, 4, 2, 1, 5, 7, 3, 6))
+    elif LOADS == 2:  # warp c g t b s, j
+        a = gl.join(d[0], d[1]).permute((0, 4, 2, 1, 5, 3, 6))
+    else:  # warp cs g t b j
+        a = d[0].permute((0, 4, 2, 1, 3, 5))
+    return a.reshape([64, 32])
+
+
+@gluon.jit
 def _decode(words, pairs, W: gl.constexpr, OPERAND: gl.constexpr):
     """A row group's words of a chunk, [warps, loads, 128], to operands [warps, 16, 64]."""
     WARPS: gl.constexpr = words.shape[0]
     LOADS: gl.constexpr = words.shape[1]
     PTX: gl.constexpr = W.code.ptx
     CONSTRAINTS: gl.constexpr = W.code.constraints
-    TYPES: gl.constexpr = _repeat(OPERAND, W.code.registers // 2)
+    WHOLE: gl.constexpr = OPERAND == gl.uint32
+    TYPES: gl.constexpr = _repeat(OPERAND, W.code.registers // (4 if WHOLE else 2))
     LAYOUT: gl.constexpr = _word_layout(WARPS, LOADS)
     w = gl.convert_layout(words.reshape([WARPS, LOADS, 8, 4, 2, 2]), LAYOUT, assert_trivial=True)
     if W.code.pair == "":
@@ -118,15 +131,21 @@ def _decode(words, pairs, W: gl.constexpr, OPERAND: gl.constexpr):
     else:
         w, pairs = gl.broadcast(w, pairs)
         d = gl.inline_asm_elementwise(PTX, CONSTRAINTS, [w, pairs], TYPES, is_pure=True, pack=4)
-    if LOADS == 1:  # 4 bits: axes warp load g t c h, b j s
+    return _registers(d, LOADS) if WHOLE else _elements(d, LOADS)
+
+
+@gluon.jit
+def _elements(d, LOADS: gl.constexpr):
+    """Operands [warps, 16, 64] from what a code returns."""
+    if LOADS == 1:  # axes warp load g t c h, b j s
         low = gl.join(gl.join(d[0], d[1]), gl.join(d[2], d[3]))
         high = gl.join(gl.join(d[4], d[5]), gl.join(d[6], d[7]))
         a = gl.join(low, high).permute((0, 6, 2, 1, 4, 8, 7, 3, 5))
-    elif LOADS == 2:  # 8 bits: warp c g t s h, b j
+    elif LOADS == 2:  # warp c g t s h, b j
         a = gl.join(gl.join(d[0], d[1]), gl.join(d[2], d[3])).permute((0, 6, 2, 1, 4, 7, 3, 5))
-    else:  # 16 bits: warp cs g t j h, b
+    else:  # warp cs g t j h, b
         a = gl.join(d[0], d[1]).permute((0, 6, 2, 1, 4, 3, 5))
-    return a.reshape([WARPS, 16, 64])
+    return a.reshape([a.shape[0], 16, 64])
 
 
 @gluon.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from moelten.formats import Float
 from moelten.kernels.hopper_codes import Storage, storage
 from moelten.kernels.hopper_decode import decode_kernel
 from moelten.kernels.hopper_prefill import prefill_kernel
-from moelten.kernels.hopper_ring import Problem
+from moelten.kernels.hopper_ring import OPERANDS, Problem
 from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, type_name
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue
@@ -25,7 +25,6 @@ from moelten.packed import PackedExperts
 # Boxes in shared memory, rows of 128 bytes: words of codes, words of row parameters, activations.
 _WORDS, _PLAIN = gl.NVMMASharedLayout(128, 32, 2), gl.NVMMASharedLayout(0, 32, 2)
 _TOKENS = gl.NVMMASharedLayout(128, 16, 2)
-_OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,6 @@ class Matrix:
         return -(-self.rows * self.halves // 64)
 
     @property
-    def folded(self) -> Matrix:
-        """The same matrix with operands that are multiplied by their scales, where they can be."""
-        if self.stored.folded is None:
-            return self
-        return replace(self, stored=self.stored.folded, operand=gl.float16)
-
-    @property
     def scale_type(self) -> str:
         scale = self.parts.get("scale")
         return type_name(None if scale is None else scale.dtype)
@@ -66,7 +58,7 @@ def matrices(experts: PackedExperts) -> tuple[Matrix, Matrix]:
     spec, activations = experts.spec, experts.spec.scheme.activations
     # Codes of 8 bits are exact in bf16, and scales of rows multiply sums.
     operand = activations.name if isinstance(activations, Float) else "bf16"
-    kind = storage(spec.scheme.weights, operand), _OPERANDS[operand]
+    kind = storage(spec.scheme.weights, operand), OPERANDS[operand]
     hidden, inter = spec.hidden_size, spec.intermediate_size
     return (
         Matrix(experts.parts("w13"), *kind, spec.activation.halves, inter, hidden),
@@ -126,14 +118,13 @@ def prefill_gemm(
     out:      columns as those of x if `ordered`, for the next GEMM; else [P, N]
     epilogue: without router weights
     """
-    matrix = matrix.folded
-    stored, scale, zero = matrix.stored, matrix.parts.get("scale"), matrix.parts.get("zero")
+    stored, scale, zero = variant.weights, matrix.parts.get("scale"), matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
     # What does not come in rows of 128 bytes is little, and loaded by the lanes.
     chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
     problem = Problem(
-        matrix.rows, matrix.columns, matrix.halves, stored, matrix.scale_type, matrix.operand,
-        epilogue.activation, limited, ordered, variant,
+        matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation,
+        limited, ordered, variant,
     )  # fmt: skip
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(

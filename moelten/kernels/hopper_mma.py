@@ -95,13 +95,14 @@ def _add_chunk(
 
 @gluon.jit
 def warp_sums(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
-    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+    steps, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile."""
     TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
     STAGE: gl.constexpr = P.variant.stage
+    OPERAND: gl.constexpr = P.operand
     SPAN: gl.constexpr = max(P.weights.group // 64, 1)  # chunks of a group
     matrix, zero = find_row_tiles(zero_ptr, expert, row_tile, P)
     acc = ()
@@ -119,7 +120,9 @@ def warp_sums(
             sums = ()
             rest = ()
             for t in gl.static_range(TILES):
-                a = take_weights(words, scales, zeros, zero[t], slot, FIRST + t, chunk, c, P)
+                a = take_weights(
+                    words, scales, zeros, zero[t], slot, FIRST + t, chunk, c, P, OPERAND
+                )
                 own, waiting = _add_chunk(
                     acc[t], part[t], a, b, scales, scale_ptr, matrix[t], slot, FIRST + t, chunk,
                     (c + 1) % SPAN == 0, PIECES, P,

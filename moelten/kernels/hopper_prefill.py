@@ -19,12 +19,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_mma import warp_sums
 from moelten.kernels.hopper_ring import (
+    first_row_tile,
     piece_of_work,
     piece_size,
     piece_start,
     pieces,
     produce,
 )
+from moelten.kernels.hopper_threequarters import find
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
 # Registers of a thread of the second warpgroup, and of the producer.
@@ -54,56 +56,73 @@ def _store(y, out_ptr, first, stop, n0, P: gl.constexpr):
 
 
 @gluon.jit
-def _store_parts(y, out_ptr, first, stop, n0, P: gl.constexpr):
-    """`_store`, 32 tokens at a time, for which little shared memory and few registers do."""
-    if y.shape[1] > 32:
-        HALF: gl.constexpr = y.shape[1] // 2
-        low, high = gl.split(y.reshape([y.shape[0], 2, HALF]).permute((0, 2, 1)))
-        _store_parts(low, out_ptr, first, stop, n0, P)
-        _store_parts(high, out_ptr, first + HALF, stop, n0, P)
+def _opaque(number):
+    """The same number; addresses that follow from it are not computed, and held, before."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _finish_parts(
+    sums, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, at, stop,
+    row_tile, alpha, beta, limit, P: gl.constexpr,
+):  # fmt: skip
+    """What follows the sums [row group, b, g, positions at ..], and `_store`.
+
+    32 tokens at a time, for which little shared memory and few registers do.
+    """
+    TOKENS: gl.constexpr = sums.shape[3]
+    if TOKENS > 32:
+        HALF: gl.constexpr = TOKENS // 2
+        parts = gl.split(sums.reshape([4, 2, 8, 2, HALF]).permute((0, 1, 2, 4, 3)))
+        for i in gl.static_range(2):
+            _finish_parts(
+                parts[i], row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
+                expert, at + i * HALF, stop, row_tile, alpha, beta, limit, P,
+            )  # fmt: skip
     else:
-        _store(y, out_ptr, first, stop, n0, P)
+        W: gl.constexpr = P.weights
+        ACTIVATION: gl.constexpr = P.activation
+        if x_scale_ptr is not None:
+            sums = scale_tokens(sums, x_scale_ptr, at, stop, None, 1)
+        y = finish(
+            sums, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, 0,
+            alpha, beta, limit, P.rows, P.row_tiles, W, P.halves, ACTIVATION, P.limited,
+        )  # fmt: skip
+        _store(y, out_ptr, at, stop, row_tile * (64 // P.halves), P)
 
 
 @gluon.jit
 def _work(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr,
-    bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile, steps,
+    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr,
+    x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile, steps,
     alpha, beta, limit,
     group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work."""
     SUMS: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
     acc, turn = SUMS(
-        words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
-        group, PIECES, P,
+        words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+        steps, group, PIECES, P,
     )  # fmt: skip
-    # Opaque, lest the addresses that follow from it are computed, and held, before the sums.
-    first = gl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1
-    )
-    W: gl.constexpr = P.weights
-    ACTIVATION: gl.constexpr = P.activation
+    first, expert = _opaque(first), _opaque(expert).to(gl.int64)
     COUNT: gl.constexpr = len(PIECES)
     for i in gl.static_range(P.variant.each * COUNT):
-        tile = row_tile + i // COUNT
-        at = first + piece_start(PIECES, i % COUNT)
-        sums = acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)])
-        if x_scale_ptr is not None:
-            sums = scale_tokens(sums, x_scale_ptr, at, stop, None, 1)
-        y = finish(
-            sums, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, tile, 0,
-            alpha, beta, limit, P.rows, P.row_tiles, W, P.halves, ACTIVATION, P.limited,
+        _finish_parts(
+            acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)]),
+            row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert,
+            first + piece_start(PIECES, i % COUNT), stop, row_tile + i // COUNT,
+            alpha, beta, limit, P,
         )  # fmt: skip
-        _store_parts(y, out_ptr, at, stop, tile * (64 // P.halves), P)
     return turn
 
 
 @gluon.jit
 def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     (
-        words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
-        zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
+        words, scales, zeros, x, place, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
+        scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
         alpha, beta, limit,
     ) = arguments  # fmt: skip
     turn = 0
@@ -112,18 +131,17 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     # What comes next is loaded long before it is needed.
     following = piece_of_work(gl.minimum(gl.program_id(0), last), tiles_ptr, max_tiles, P)
     for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        expert, first, stop, row_tile = following
+        expert, first, stop = following
         after = gl.minimum(index + gl.num_programs(0), last)
         following = piece_of_work(after, tiles_ptr, max_tiles, P)
-        expert = expert.to(gl.int64)
-        row_tile += P.variant.each * group
+        row_tile = first_row_tile(index, P) + P.variant.each * group
         quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
                 turn = _work(
-                    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr,
-                    x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop,
-                    row_tile, steps, alpha, beta, limit, group, pieces(P.variant.block, n), P,
+                    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr,
+                    row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert,
+                    first, stop, row_tile, steps, alpha, beta, limit, group, pieces(n, P), P,
                 )  # fmt: skip
 
 
@@ -154,6 +172,7 @@ def prefill_kernel(
     x = gl.allocate_shared_memory(
         P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
     )
+    place = find(x) if P.at_once else 0
     full = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
     SLOTS: gl.constexpr = P.variant.slots
@@ -162,8 +181,8 @@ def prefill_kernel(
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     consumer = (
-        words, scales, zeros, x, full, empty, tiles_ptr, count_ptr, max_tiles, steps, scale_ptr,
-        zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
+        words, scales, zeros, x, place, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
+        scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
         alpha, beta, limit,
     )  # fmt: skip
     producer = (

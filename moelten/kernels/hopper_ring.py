@@ -28,6 +28,7 @@ from moelten.kernels.hopper_fragments import (
 )
 from moelten.kernels.hopper_schedule import WideVariant
 
+OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
 # Its name in later Tritons, and in 3.6.
 _bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
@@ -38,19 +39,25 @@ class Problem:
 
     rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
     ordered:       whether columns of the result stand in the order of operands, for the next GEMM
-    variant:       tiles of tokens, pieces of work and slots of the ring
+    variant:       operands, tiles of tokens, pieces of work and slots of the ring
     """
 
     rows: int
     columns: int
     halves: int
-    weights: Storage
     scale_type: str
-    operand: Any
     activation: str
     limited: bool
     ordered: bool
     variant: WideVariant
+
+    @property
+    def weights(self) -> Storage:
+        return self.variant.weights
+
+    @property
+    def operand(self) -> Any:
+        return OPERANDS[self.weights.code.operand]
 
     @property
     def row_tiles(self) -> int:
@@ -79,6 +86,11 @@ class Problem:
         return 2 if self.scaled and self.weights.group == 32 else 1
 
     @property
+    def at_once(self) -> bool:
+        """Whether three quarters of a block are one product (`hopper_threequarters`)."""
+        return self.variant.block == 128 and self.groups == 1
+
+    @property
     def spread(self) -> bool:
         """Whether the halves of a quad of lanes have words of their own, as nvfp4's."""
         return self.weights.group == 16
@@ -93,10 +105,11 @@ class Problem:
 
 
 @gluon.constexpr_function
-def pieces(block, quarters):
+def pieces(quarters, P):
     """A tile's tokens as powers of two, which is what tensors can have."""
-    quarter = block // 4
-    return ((quarter,), (2 * quarter,), (2 * quarter, quarter), (block,))[quarters - 1]
+    quarter = P.variant.block // 4
+    three = (quarter,) * 3 if P.at_once else (2 * quarter, quarter)
+    return ((quarter,), (2 * quarter,), three, (4 * quarter,))[quarters - 1]
 
 
 @gluon.constexpr_function
@@ -111,12 +124,18 @@ def piece_start(pieces, index):
 
 @gluon.jit
 def piece_of_work(index, tiles_ptr, max_tiles, P: gl.constexpr):
-    """Expert, first and stop position, and first row tile."""
+    """Expert, first and stop position; and see `first_row_tile`."""
     tile = index // P.row_blocks
     expert = gl.load(tiles_ptr + tile)
     first = gl.load(tiles_ptr + max_tiles + tile)
     stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
-    return expert, first, stop, index % P.row_blocks * P.variant.tiles
+    return expert, first, stop
+
+
+@gluon.jit
+def first_row_tile(index, P: gl.constexpr):
+    """Of a piece of work."""
+    return index % P.row_blocks * P.variant.tiles
 
 
 @gluon.jit
@@ -195,7 +214,8 @@ def produce(arguments, P: gl.constexpr):
     ) = arguments  # fmt: skip
     turn = 0
     for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
-        expert, first, stop, row_tile = piece_of_work(index, tiles_ptr, max_tiles, P)
+        expert, first, stop = piece_of_work(index, tiles_ptr, max_tiles, P)
+        row_tile = first_row_tile(index, P)
         quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
         for boxes in gl.static_range(1, 5):
             if quarters == boxes:
@@ -289,15 +309,16 @@ def _for_quads(words, SPREAD: gl.constexpr):
 
 @gluon.jit
 def take_weights(
-    words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr
-):
+    words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr,
+    OPERAND: gl.constexpr,
+):  # fmt: skip
     """Operands [4 warps, 16, 64] of a row tile's chunk, the c-th of its stage.
 
-    zero: words [4 w, 8 g, 4 t], where one zero point serves the whole row
+    zero:    words [4 w, 8 g, 4 t], where one zero point serves the whole row
+    OPERAND: their type; uint32 for their registers, [64, 32]
     """
     W: gl.constexpr = P.weights
     LOADS: gl.constexpr = W.code.bits // 4
-    OPERAND: gl.constexpr = P.operand
     w = words.index(slot * P.variant.tiles + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
     w = w.load(_code_layout(LOADS)).reshape([LOADS, 4, 128]).permute((1, 0, 2))
     w = gl.convert_layout(w, load_layout(4, LOADS), assert_trivial=True)
@@ -316,12 +337,16 @@ def take_weights(
 
 
 @gluon.jit
-def take_stage(words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+def take_stage(
+    words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr,
+    OPERAND: gl.constexpr,
+):  # fmt: skip
     """`take_weights` of a stage's chunks, of which `chunk` is the first."""
     STAGE: gl.constexpr = P.variant.stage
     a = ()
     for c in gl.static_range(STAGE):
-        a = a + (take_weights(words, scales, zeros, zero, slot, tile, chunk + c, c, P),)
+        own = take_weights(words, scales, zeros, zero, slot, tile, chunk + c, c, P, OPERAND)
+        a = a + (own,)
     return a
 
 

@@ -33,11 +33,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class WideVariant:
-    """block: most tokens of a tile, beside `tiles` row tiles of 64 rows
-
+    """weights: as the operands that they are multiplied as
+    block: most tokens of a tile, beside `tiles` row tiles of 64 rows
     slots, stage: slots in shared memory, of so many chunks of 64 columns
     """
 
+    weights: Storage
     block: int
     slots: int
     stage: int
@@ -153,7 +154,7 @@ def _fitted(
     """As many slots as fit in shared memory."""
     chunk, scale, zero = box_rows(stored, scale_type)
     slot = 128 * (tiles * (stage * chunk + scale + zero) + stage * block)
-    return WideVariant(block, min(_SHARED_BYTES // slot, 8), stage, tiles)
+    return WideVariant(stored, block, min(_SHARED_BYTES // slot, 8), stage, tiles)
 
 
 def type_name(dtype: torch.dtype | None) -> str:

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from moelten.kernels import hopper_threequarters
 from moelten.kernels.hopper_fragments import halves
 from moelten.kernels.hopper_ring import (
     find_row_tiles,
@@ -29,8 +30,9 @@ from moelten.kernels.hopper_ring import (
 
 
 @gluon.constexpr_function
-def _sum_layout(tokens):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 16])
+def sum_layout(tokens, columns=16):
+    """Of an instruction that takes so many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, columns])
 
 
 @gluon.jit
@@ -38,16 +40,37 @@ def _zeros(PIECES: gl.constexpr):
     acc = ()
     for i in gl.static_range(len(PIECES)):
         acc = acc + (
-            gl.zeros([64, piece_size(PIECES, i)], gl.float32, _sum_layout(piece_size(PIECES, i))),
+            gl.zeros([64, piece_size(PIECES, i)], gl.float32, sum_layout(piece_size(PIECES, i))),
         )
     return acc
 
 
 @gluon.jit
 def _multiply(
-    acc, a, x, slot, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
+    acc, a, x, place, slot, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
 ):  # fmt: skip
     """acc + a row tile's stage, or a group of it, @ x: in flight."""
+    if len(PIECES) == 3:
+        return _multiply_thirds(acc, a, place, slot, P)
+    else:
+        return _multiply_pieces(acc, a, x, slot, group, PIECES, P)
+
+
+@gluon.jit
+def _multiply_thirds(acc, a, place, slot, P: gl.constexpr):
+    STAGE: gl.constexpr = P.variant.stage
+    OPERAND: gl.constexpr = P.operand
+    for c in gl.static_range(STAGE):
+        left = gl.convert_layout(a[c], acc[0].type.layout, assert_trivial=True)
+        at = place + (slot * STAGE + c) * (P.variant.block * 128)
+        acc = hopper_threequarters.multiply(acc, left, at, OPERAND)
+    return acc
+
+
+@gluon.jit
+def _multiply_pieces(
+    acc, a, x, slot, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
+):  # fmt: skip
     K: gl.constexpr = 64 // P.groups
     STAGE: gl.constexpr = P.variant.stage
     for c in gl.static_range(STAGE):
@@ -59,7 +82,7 @@ def _multiply(
         for i in gl.static_range(len(acc)):
             own = gl.convert_layout(
                 left,
-                gl.DotOperandLayout(0, _sum_layout(piece_size(PIECES, i)), 2),
+                gl.DotOperandLayout(0, sum_layout(piece_size(PIECES, i)), 2),
                 assert_trivial=True,
             )
             b = x.index(slot * P.variant.stage + c).slice(
@@ -72,12 +95,14 @@ def _multiply(
 
 
 @gluon.jit
-def _wait(acc):
+def wait(acc):
     """Sums, complete."""
     if len(acc) == 1:
         return (warpgroup_mma_wait(0, deps=[acc[0]]),)
-    else:
+    elif len(acc) == 2:
         return warpgroup_mma_wait(0, deps=[acc[0], acc[1]])
+    else:
+        return warpgroup_mma_wait(0, deps=[acc[0], acc[1], acc[2]])
 
 
 @gluon.jit
@@ -102,7 +127,7 @@ def _rescale(acc, unit, scale):
 
 
 @gluon.jit
-def _end_block(turn):
+def end_block(turn):
     """The same number. It is never negative, which the compiler does not know: so a basic block
     ends here, and what was decoded before does not sink below the wait that follows."""
     return gl.inline_asm_elementwise(
@@ -119,7 +144,7 @@ def _end_block(turn):
 
 
 @gluon.jit
-def _put(items, index: gl.constexpr, item):
+def put(items, index: gl.constexpr, item):
     """The tuple with another item at its index."""
     out = ()
     for i in gl.static_range(len(items)):
@@ -129,8 +154,8 @@ def _put(items, index: gl.constexpr, item):
 
 @gluon.jit
 def warpgroup_sums(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
-    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+    steps, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile.
 
@@ -140,6 +165,7 @@ def warpgroup_sums(
     TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
     TURNS: gl.constexpr = TILES * P.groups
+    OPERAND: gl.constexpr = gl.uint32 if len(PIECES) == 3 else P.operand
     slot = turn % P.variant.slots
     start = turn * 0
     mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
@@ -149,7 +175,7 @@ def warpgroup_sums(
     for t in gl.static_range(TILES):
         acc = acc + (_zeros(PIECES),)
         unit = unit + (_first_unit(scales, scale_ptr, matrix[t], slot, FIRST + t, start, P),)
-    first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P)
+    first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P, OPERAND)
     for step in range(steps):
         slot = turn % P.variant.slots
         chunk = step * P.variant.stage
@@ -158,7 +184,7 @@ def warpgroup_sums(
         more = step + 1 < steps
         a = (first,)
         for i in gl.static_range(TURNS):
-            now = _multiply(acc[i % TILES], a[i % TILES], x, slot, i // TILES, PIECES, P)
+            now = _multiply(acc[i % TILES], a[i % TILES], x, place, slot, i // TILES, PIECES, P)
             if i + 1 < TURNS:
                 if P.scaled:
                     scale = take_scale(
@@ -166,14 +192,14 @@ def warpgroup_sums(
                         chunk, (i + 1) // TILES, P,
                     )  # fmt: skip
                     sums, own = _rescale(acc[(i + 1) % TILES], unit[(i + 1) % TILES], scale)
-                    acc = _put(acc, (i + 1) % TILES, sums)
-                    unit = _put(unit, (i + 1) % TILES, own)
+                    acc = put(acc, (i + 1) % TILES, sums)
+                    unit = put(unit, (i + 1) % TILES, own)
                 if i + 1 < TILES:
                     tile = take_stage(
-                        words, scales, zeros, zero[i + 1], slot, FIRST + i + 1, chunk, P
+                        words, scales, zeros, zero[i + 1], slot, FIRST + i + 1, chunk, P, OPERAND
                     )
                     a = a + (tile,)
-                    turn = _end_block(turn)
+                    turn = end_block(turn)
             else:
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
                 if P.scaled:
@@ -181,13 +207,14 @@ def warpgroup_sums(
                     scale = take_scale(scales, scale_ptr, matrix[0], next_slot, FIRST, after, 0, P)
                     # After the last stage a slot holds anything.
                     sums, own = _rescale(acc[0], unit[0], gl.where(more, scale, unit[0]))
-                    acc = _put(acc, 0, sums)
-                    unit = _put(unit, 0, own)
+                    acc = put(acc, 0, sums)
+                    unit = put(unit, 0, own)
                 first = take_stage(
-                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P
-                )
-                turn = _end_block(turn)
-            acc = _put(acc, i % TILES, _wait(now))
+                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P,
+                    OPERAND,
+                )  # fmt: skip
+                turn = end_block(turn)
+            acc = put(acc, i % TILES, wait(now))
         mbarrier.arrive(empty.index(slot))
         turn += 1
     out = ()
@@ -207,8 +234,20 @@ def _first_unit(scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, P: g
 
 
 @gluon.jit
+def complete(acc):
+    """The same sums. The compiler does not move what follows to where products are in flight."""
+    out = ()
+    for i in gl.static_range(len(acc)):
+        own = gl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=f,f", [acc[i]], dtype=gl.float32, is_pure=False, pack=1
+        )
+        out = out + (own,)
+    return out
+
+
+@gluon.jit
 def _final(acc, unit, P: gl.constexpr):
     if P.scaled:
-        return _times(acc, unit)
+        return _times(complete(acc), unit)
     else:
-        return acc
+        return complete(acc)
