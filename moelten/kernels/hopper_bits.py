@@ -142,9 +142,7 @@ def place(
 
 def unit_index(bits: int) -> Callable[[int, int], int]:
     """Code number in a unit for registers counted b + 2 * (j + 2 * s): `hopper_layout.K_ORDER`."""
-    return lambda register, element: (
-        32 // bits * (register & 1) + 2 * (register >> 1) + element
-    )
+    return lambda register, element: 32 // bits * (register & 1) + 2 * (register >> 1) + element
 
 
 def body(lines: list[str]) -> str:
