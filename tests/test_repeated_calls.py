@@ -217,7 +217,7 @@ def test_a_repeated_call_is_checked_again(machine):
     old = replace(experts, version=experts.version + 1)
     meta = {name: part.to("meta") for name, part in experts.tensors.items()}
     for error, message, layer, rows, choice, given in (
-        (LayoutError, "packed as hopper v3", old, x, routing, {}),
+        (LayoutError, f"packed as hopper v{old.version}", old, x, routing, {}),
         (FormatError, "x is on cpu, the experts are packed for meta",
          replace(experts, tensors=meta), x, routing, {}),
         (FormatError, "x is on meta", experts, x.to("meta"), routing, {}),
