@@ -56,7 +56,9 @@ def compile_kernel(kernel: Any, types: Types, values: dict[str, object], **optio
     }
     constants = {(names.index(name),): value for name, value in values.items()}
     source = GluonASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 def listing_of(cubin: bytes) -> list[str]:

@@ -243,6 +243,8 @@ class Child:
 def serve(pipe, cache: str, log: str) -> None:
     """Answer builds with results; the compiler's own messages go to the log, of the last build."""
     triton.knobs.cache.dir = cache
+    # Nobody reads lines of these kernels, and a tenth of the time goes into them.
+    triton.knobs.compilation.disable_line_info = True
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
