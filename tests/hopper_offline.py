@@ -10,14 +10,12 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from moelten.formats import Format
 from moelten.kernels.hopper_codes import Storage
 from moelten.kernels.hopper_schedule import type_name
 
-OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
 # None where the kernel is given nothing.
 Types = dict[str, str | None]
 _NVDISASM = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/nvdisasm")

@@ -102,8 +102,6 @@ def _evaluate(op: str, a: list[Tensor]) -> Tensor:
         return a[0] << a[1] & MASK
     if op in ("shr.u32", "shr.b32"):
         return a[0] >> a[1]
-    if op == "mad.lo.u32":
-        return a[0] * a[1] + a[2] & MASK
     if op == "shf.r.wrap.b32":
         return (a[1] << 32 | a[0]) >> (a[2] & 31) & MASK if int(a[2]) else a[0]
     if op == "lop3.b32":

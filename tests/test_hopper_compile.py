@@ -18,7 +18,6 @@ pytest.importorskip("triton")
 
 import triton
 from hopper_offline import (
-    OPERANDS,
     compile_kernel,
     listing_of,
     loops,
@@ -34,6 +33,7 @@ from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_decode import decode_kernel
 from moelten.kernels.hopper_plan import gather_kernel
+from moelten.kernels.hopper_ring import OPERANDS
 from moelten.kernels.hopper_schedule import make_variant
 from moelten.kernels.launches import _NUMBERS, _SCRATCH, _is_plain, _kinds
 

@@ -86,7 +86,7 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
     [
         *((name, 2, wide_variant) for name in CASES if name != "int4g128"),
         *((name, 1, wide_variant) for name in SCARCE),
-        *((name, 2, narrow_variant) for name in ("nvfp4", "int4g32")),
+        *((name, 2, narrow_variant) for name in ("mxfp4", "nvfp4", "int4g32")),
     ],
 )
 def test_machine_code(name, halves, choose):
@@ -115,7 +115,7 @@ def test_machine_code(name, halves, choose):
     assert widths == [{quarter}, {2 * quarter}, three, {4 * quarter}] * 2
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "int4g128", "int4g32z", "fp8block"])
+@pytest.mark.parametrize("name", ["mxfp4", "int4g128", "int4g32z", "fp8block", "bf16"])
 def test_machine_code_of_warps(name):
     """Little but decoding and products, of which every 8 tokens have their own."""
     kernel = compiled(*CASES[name], 2, warp_variant)

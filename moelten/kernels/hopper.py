@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from moelten.kernels.triton_ops import Rows
     from moelten.kernels.triton_plan import TilePlan
 
-_OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +105,7 @@ class HopperBackend(ArenaBackend):
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts, (hidden_size, inter))
         block = variant.block if variant else block_of(pairs, experts)
-        dtype = _OPERANDS[variant.weights.code.operand] if variant else own
+        dtype = _DTYPES[variant.weights.code.operand] if variant else own
         inputs = wide = None
         by_pair = on_input or "w13_pre_scale" in spec.extras
         if by_pair or not plain:

@@ -30,9 +30,8 @@ from moelten.kernels.hopper_ring import (
 
 
 @gluon.constexpr_function
-def sum_layout(tokens, columns=16):
-    """Of an instruction that takes so many columns."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, columns])
+def _sum_layout(tokens):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 16])
 
 
 @gluon.jit
@@ -40,7 +39,7 @@ def _zeros(PIECES: gl.constexpr):
     acc = ()
     for i in gl.static_range(len(PIECES)):
         acc = acc + (
-            gl.zeros([64, piece_size(PIECES, i)], gl.float32, sum_layout(piece_size(PIECES, i))),
+            gl.zeros([64, piece_size(PIECES, i)], gl.float32, _sum_layout(piece_size(PIECES, i))),
         )
     return acc
 
@@ -82,7 +81,7 @@ def _multiply_pieces(
         for i in gl.static_range(len(acc)):
             own = gl.convert_layout(
                 left,
-                gl.DotOperandLayout(0, sum_layout(piece_size(PIECES, i)), 2),
+                gl.DotOperandLayout(0, _sum_layout(piece_size(PIECES, i)), 2),
                 assert_trivial=True,
             )
             b = x.index(slot * P.variant.stage + c).slice(
@@ -95,7 +94,7 @@ def _multiply_pieces(
 
 
 @gluon.jit
-def wait(acc):
+def _wait(acc):
     """Sums, complete."""
     if len(acc) == 1:
         return (warpgroup_mma_wait(0, deps=[acc[0]]),)
@@ -127,7 +126,7 @@ def _rescale(acc, unit, scale):
 
 
 @gluon.jit
-def end_block(turn):
+def _end_block(turn):
     """The same number. It is never negative, which the compiler does not know: so a basic block
     ends here, and what was decoded before does not sink below the wait that follows."""
     return gl.inline_asm_elementwise(
@@ -144,7 +143,7 @@ def end_block(turn):
 
 
 @gluon.jit
-def put(items, index: gl.constexpr, item):
+def _put(items, index: gl.constexpr, item):
     """The tuple with another item at its index."""
     out = ()
     for i in gl.static_range(len(items)):
@@ -192,14 +191,14 @@ def warpgroup_sums(
                         chunk, (i + 1) // TILES, P,
                     )  # fmt: skip
                     sums, own = _rescale(acc[(i + 1) % TILES], unit[(i + 1) % TILES], scale)
-                    acc = put(acc, (i + 1) % TILES, sums)
-                    unit = put(unit, (i + 1) % TILES, own)
+                    acc = _put(acc, (i + 1) % TILES, sums)
+                    unit = _put(unit, (i + 1) % TILES, own)
                 if i + 1 < TILES:
                     tile = take_stage(
                         words, scales, zeros, zero[i + 1], slot, FIRST + i + 1, chunk, P, OPERAND
                     )
                     a = a + (tile,)
-                    turn = end_block(turn)
+                    turn = _end_block(turn)
             else:
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
                 if P.scaled:
@@ -207,14 +206,14 @@ def warpgroup_sums(
                     scale = take_scale(scales, scale_ptr, matrix[0], next_slot, FIRST, after, 0, P)
                     # After the last stage a slot holds anything.
                     sums, own = _rescale(acc[0], unit[0], gl.where(more, scale, unit[0]))
-                    acc = put(acc, 0, sums)
-                    unit = put(unit, 0, own)
+                    acc = _put(acc, 0, sums)
+                    unit = _put(unit, 0, own)
                 first = take_stage(
                     words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P,
                     OPERAND,
                 )  # fmt: skip
-                turn = end_block(turn)
-            acc = put(acc, i % TILES, wait(now))
+                turn = _end_block(turn)
+            acc = _put(acc, i % TILES, _wait(now))
         mbarrier.arrive(empty.index(slot))
         turn += 1
     out = ()
@@ -234,7 +233,7 @@ def _first_unit(scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, P: g
 
 
 @gluon.jit
-def complete(acc):
+def _complete(acc):
     """The same sums. The compiler does not move what follows to where products are in flight."""
     out = ()
     for i in gl.static_range(len(acc)):
@@ -248,6 +247,6 @@ def complete(acc):
 @gluon.jit
 def _final(acc, unit, P: gl.constexpr):
     if P.scaled:
-        return _times(complete(acc), unit)
+        return _times(_complete(acc), unit)
     else:
-        return complete(acc)
+        return _complete(acc)

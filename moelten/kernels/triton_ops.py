@@ -7,7 +7,6 @@ read and adds nothing. Quantized rows are bit for bit those of `moelten.qtensor`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
@@ -28,6 +27,7 @@ from moelten.kernels.triton_casts import (
     round_to,
     widen,
 )
+from moelten.kernels.triton_variants import current_target
 from moelten.layouts import ROW_TILES, swizzled_size
 
 
@@ -128,12 +128,12 @@ def quantize_rows(
     return rows
 
 
-@cache
 def _rounds_to_e4m3(device: torch.device) -> bool:
     """Whether a conversion to e4m3 is an instruction, which rounds and clamps as ours."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    target = current_target()
+    return target.backend == "cuda" and target.native_fp8
 
 
 @triton.jit
