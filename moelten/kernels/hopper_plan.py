@@ -16,7 +16,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_casts import abs_bits, round_to
 from moelten.kernels.triton_ops import Rows
-from moelten.kernels.triton_plan import TilePlan, histogram, local_experts, make_tile_plan
+from moelten.kernels.triton_plan import (
+    TilePlan,
+    histogram,
+    local_experts,
+    make_tile_plan,
+    store_count,
+)
 
 _SCAN = 1024
 _MAX_PAIRS = 8192
@@ -63,7 +69,7 @@ def plan_kernel(
     tile = tl.sum(tl.where(e < expert, tiles, 0))
     stop = position + tl.sum(tl.where(e == expert, counts, 0))
     if expert == 0:
-        tl.store(count_ptr, tl.sum(tiles))
+        store_count(count_ptr, tl.sum(tiles))
     first = position
     while first < stop:
         tl.store(tiles_ptr + tile, expert)

@@ -18,14 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_mma import warp_sums
-from moelten.kernels.hopper_ring import (
-    first_row_tile,
-    piece_of_work,
-    piece_size,
-    piece_start,
-    pieces,
-    produce,
-)
+from moelten.kernels.hopper_ring import piece_size, piece_start, pieces, produce, take_work
 from moelten.kernels.hopper_threequarters import find
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
@@ -121,20 +114,13 @@ def _work(
 @gluon.jit
 def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     (
-        words, scales, zeros, x, place, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
-        scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
-        alpha, beta, limit,
+        words, scales, zeros, x, place, work, full, empty, steps, scale_ptr, zero_ptr,
+        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     ) = arguments  # fmt: skip
     turn = 0
-    count = gl.load(count_ptr) * P.row_blocks
-    last = gl.maximum(count - 1, 0)
-    # What comes next is loaded long before it is needed.
-    following = piece_of_work(gl.minimum(gl.program_id(0), last), tiles_ptr, max_tiles, P)
-    for index in range(gl.program_id(0), count, gl.num_programs(0)):
-        expert, first, stop = following
-        after = gl.minimum(index + gl.num_programs(0), last)
-        following = piece_of_work(after, tiles_ptr, max_tiles, P)
-        row_tile = first_row_tile(index, P) + P.variant.each * group
+    expert, first, stop, row_tile = take_work(work, full, turn, P)
+    while expert >= 0:
+        row_tile += P.variant.each * group
         quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
         for n in gl.static_range(1, 5):
             if quarters == n:
@@ -143,6 +129,7 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
                     row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert,
                     first, stop, row_tile, steps, alpha, beta, limit, group, pieces(n, P), P,
                 )  # fmt: skip
+        expert, first, stop, row_tile = take_work(work, full, turn, P)
 
 
 @gluon.jit
@@ -173,6 +160,9 @@ def prefill_kernel(
         P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
     )
     place = find(x) if P.at_once else 0
+    work = gl.allocate_shared_memory(
+        gl.int32, [P.variant.slots, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     full = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
     SLOTS: gl.constexpr = P.variant.slots
@@ -181,13 +171,12 @@ def prefill_kernel(
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     consumer = (
-        words, scales, zeros, x, place, full, empty, tiles_ptr, count_ptr, max_tiles, steps,
-        scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
-        alpha, beta, limit,
+        words, scales, zeros, x, place, work, full, empty, steps, scale_ptr, zero_ptr,
+        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     )  # fmt: skip
     producer = (
-        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
-        max_tiles, steps,
+        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, work, full, empty, tiles_ptr,
+        count_ptr, max_tiles, steps,
     )  # fmt: skip
     gl.warp_specialize(
         [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],

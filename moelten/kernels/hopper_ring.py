@@ -123,19 +123,26 @@ def piece_start(pieces, index):
 
 
 @gluon.jit
-def piece_of_work(index, tiles_ptr, max_tiles, P: gl.constexpr):
-    """Expert, first and stop position; and see `first_row_tile`."""
-    tile = index // P.row_blocks
-    expert = gl.load(tiles_ptr + tile)
-    first = gl.load(tiles_ptr + max_tiles + tile)
-    stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
-    return expert, first, stop
+def _hand_over(work, expert, first, stop, row_tile):
+    """Write down a piece of work: expert, first and stop position, first row tile."""
+    i = gl.arange(0, 4, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    low = gl.where(i == 0, expert, first)
+    work.store(gl.where(i < 2, low, gl.where(i == 2, stop, row_tile)))
 
 
 @gluon.jit
-def first_row_tile(index, P: gl.constexpr):
-    """Of a piece of work."""
-    return index % P.row_blocks * P.variant.tiles
+def take_work(work, full, turn, P: gl.constexpr):
+    """The piece of work that begins with the stage of a turn; no expert if there is no more."""
+    slot = turn % P.variant.slots
+    mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
+    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    words = work.index(slot).load(L)
+    i = gl.arange(0, 4, L)
+    expert = gl.sum(gl.where(i == 0, words, 0), 0)
+    first = gl.sum(gl.where(i == 1, words, 0), 0)
+    stop = gl.sum(gl.where(i == 2, words, 0), 0)
+    row_tile = gl.sum(gl.where(i == 3, words, 0), 0)
+    return expert, first, stop, row_tile
 
 
 @gluon.jit
@@ -207,15 +214,28 @@ def _fill(
 
 @gluon.jit
 def produce(arguments, P: gl.constexpr):
-    """Fill the ring with all of a program's work: as many quarters of a block as have tokens."""
+    """Fill the ring, as many quarters of a block as have tokens, while there are pieces of work.
+
+    Pieces differ in size, so programs do not have shares of them: each takes the next one when it
+    has room for it. A counter says which is next, after those that programs begin with.
+    """
     (
-        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, tiles_ptr, count_ptr,
-        max_tiles, steps,
+        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, work, full, empty, tiles_ptr,
+        count_ptr, max_tiles, steps,
     ) = arguments  # fmt: skip
+    NEXT: gl.constexpr = 1 if P.ordered else 2
     turn = 0
-    for index in range(gl.program_id(0), gl.load(count_ptr) * P.row_blocks, gl.num_programs(0)):
-        expert, first, stop = piece_of_work(index, tiles_ptr, max_tiles, P)
-        row_tile = first_row_tile(index, P)
+    count = gl.load(count_ptr) * P.row_blocks
+    index = gl.program_id(0)
+    while index < count:
+        tile = index // P.row_blocks
+        expert = gl.load(tiles_ptr + tile)
+        first = gl.load(tiles_ptr + max_tiles + tile)
+        stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
+        row_tile = index % P.row_blocks * P.variant.tiles
+        slot = turn % P.variant.slots
+        mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
+        _hand_over(work.index(slot), expert, first, stop, row_tile)
         quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
         for boxes in gl.static_range(1, 5):
             if quarters == boxes:
@@ -223,6 +243,11 @@ def produce(arguments, P: gl.constexpr):
                     w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
                     expert, first, row_tile, steps, P, boxes,
                 )  # fmt: skip
+        index = gl.num_programs(0) + gl.atomic_add(count_ptr + NEXT, 1, sem="relaxed")
+    slot = turn % P.variant.slots
+    mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
+    _hand_over(work.index(slot), -1, 0, 0, 0)
+    mbarrier.arrive(full.index(slot))
 
 
 # Taking -------------------------------------------------------------------------------------------

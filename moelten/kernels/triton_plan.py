@@ -32,7 +32,7 @@ class TilePlan:
 
     pairs:   int32 [P]; the sorted pairs, the rest undefined
     tiles:   int32 [3, max_tiles]: local expert, first position and last position + 1 of each tile
-    count:   int32 [1]: how many tiles there are
+    count:   int32 [3]: how many tiles there are, and two counters at 0 for what shares them out
     counts:  int32 [programs, E], scratch
     inverse: int32 [P]: where each pair stands in `pairs`, -1 for one that is not valid; None where
              nobody asks
@@ -60,7 +60,7 @@ def empty_plan(
     i32 = torch.int32
     counts = take(i32, min(triton.cdiv(pairs, _CHUNK), _MAX_PROGRAMS), num_experts)
     where = take(i32, pairs) if inverse else None
-    return TilePlan(take(i32, pairs), tiles, take(i32, 1), counts, block, where)
+    return TilePlan(take(i32, pairs), tiles, take(i32, 3), counts, block, where)
 
 
 def make_tile_plan(
@@ -112,6 +112,13 @@ def histogram(local, num_experts, EXPERTS: tl.constexpr):
     return tl.histogram(tl.where(valid, local, 0), EXPERTS, mask=valid)
 
 
+@triton.jit
+def store_count(count_ptr, tiles):
+    """What `TilePlan.count` holds."""
+    i = tl.arange(0, 4)
+    tl.store(count_ptr + i, tl.where(i == 0, tiles, 0), mask=i < 3)
+
+
 # Sizes that follow the tokens: one compiled kernel serves them all.
 @triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
 def small_plan_kernel(
@@ -139,7 +146,7 @@ def small_plan_kernel(
     tl.store(tiles_ptr + max_tiles + tile, position, mask=starts)
     stop = position + tl.minimum(run - rank, BLOCK)
     tl.store(tiles_ptr + 2 * max_tiles + tile, stop, mask=starts)
-    tl.store(count_ptr, tl.sum(starts.to(tl.int32)))
+    store_count(count_ptr, tl.sum(starts.to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=["size", "first_expert", "chunks"])
@@ -197,7 +204,7 @@ def place_kernel(
     first = tl.cumsum(total, 0) - total
     tiles = (total + BLOCK - 1) // BLOCK
     if program == 0:
-        tl.store(count_ptr, tl.sum(tiles))
+        store_count(count_ptr, tl.sum(tiles))
     to = tiles_ptr + tl.cumsum(tiles, 0) - tiles
     nth = program
     while nth < tl.max(tiles, 0):
