@@ -95,8 +95,7 @@ def test_machine_code(name, halves, choose):
     assert "setmaxnreg" in kernel.asm["ptx"]
     listing = listing_of(kernel.asm["cubin"])
     bodies = [listing[loop] for loop in innermost(loops(listing, "HGMMA"))]
-    # Two warpgroups, each with four widths of tiles.
-    assert len(bodies) == 8
+    # Two warpgroups, each with a loop for every width of tiles from 64 tokens on.
     widths: list[set[int]] = []
     for body in bodies:
         names = operations(body)
@@ -110,9 +109,8 @@ def test_machine_code(name, halves, choose):
         # Products wait for each other at most twice a group, not one by one.
         waits = sum("DEPBAR" in line for line in body)
         assert waits <= len(products) // 2 and waits <= 6
-    quarter = 16 if choose is narrow_variant else 32
-    three = {2 * quarter, quarter} if choose is narrow_variant or name == "int4g32z" else {96}
-    assert widths == [{quarter}, {2 * quarter}, three, {4 * quarter}] * 2
+    three = {64, 32} if name == "int4g32z" else {96}
+    assert widths == ([{64}] if choose is narrow_variant else [{64}, three, {128}]) * 2
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4g128", "int4g32z", "fp8block", "bf16"])

@@ -117,12 +117,14 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
         words, scales, zeros, x, place, work, full, empty, steps, scale_ptr, zero_ptr,
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     ) = arguments  # fmt: skip
+    LEAST: gl.constexpr = P.least
     turn = 0
     expert, first, stop, row_tile = take_work(work, full, turn, P)
     while expert >= 0:
         row_tile += P.variant.each * group
         quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
-        for n in gl.static_range(1, 5):
+        quarters = gl.maximum(quarters, LEAST)
+        for n in gl.static_range(LEAST, 5):
             if quarters == n:
                 turn = _work(
                     words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr,

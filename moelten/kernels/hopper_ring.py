@@ -86,6 +86,14 @@ class Problem:
         return 2 if self.scaled and self.weights.group == 32 else 1
 
     @property
+    def least(self) -> int:
+        """Quarters of a block that are always multiplied.
+
+        Instructions of whole warpgroups take as long for fewer tokens as for 64.
+        """
+        return 1 if self.variant.by_warp else 256 // self.variant.block
+
+    @property
     def at_once(self) -> bool:
         """Whether three quarters of a block are one product (`hopper_threequarters`)."""
         return self.variant.block == 128 and self.groups == 1
