@@ -30,13 +30,19 @@ def no_overlap(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    "size, experts, block, most",
-    [(1, 1, 8, 1), (40, 3, 16, 99), (200, 7, 8, 200), (2500, 5, 128, 3000), (1101, 5, 128, 1100)],
+    "size, experts, block, unit, most",
+    [
+        (1, 1, 8, 8, 1),
+        (40, 3, 16, 16, 99),
+        (200, 7, 8, 8, 200),
+        (2500, 5, 128, 16, 3000),
+        (1101, 5, 128, 16, 1100),
+    ],
 )
-def test_plan(size, experts, block, most, dtype, monkeypatch):
+def test_plan(size, experts, block, unit, most, dtype, monkeypatch):
     """Of more pairs than one launch takes the plan is the portable one."""
     monkeypatch.setattr(hopper_plan, "_MAX_PAIRS", most)
-    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block)
+    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block, unit)
     hopper_plan.plan_tiles(ids.to(dtype).to(DEVICE), experts, 1, plan)
     assert_plan(plan, ids, experts)
 

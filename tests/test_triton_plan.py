@@ -5,6 +5,8 @@ Runs on a GPU, or in the interpreter through test_triton_interpreter.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from triton_device import DEVICE
@@ -25,12 +27,24 @@ def hard_ids(size: int, experts: int) -> torch.Tensor:
     return ids
 
 
-def poisoned_plan(size: int, experts: int, block: int) -> triton_plan.TilePlan:
+def poisoned_plan(
+    size: int, experts: int, block: int, unit: int | None = None
+) -> triton_plan.TilePlan:
     """Room for a plan, of values that no plan has."""
-    plan = triton_plan.empty_plan(arena.heap(DEVICE), size, experts, block, inverse=True)
+    take = arena.heap(DEVICE)
+    plan = triton_plan.empty_plan(take, size, experts, block, unit=unit, inverse=True)
     for part in (plan.pairs, plan.tiles, plan.count, plan.counts, plan.inverse):
         part.fill_(POISON)
     return plan
+
+
+def cut(rows: int, block: int, unit: int) -> list[tuple[int, int]]:
+    """Tiles of an expert's rows: as few as can be, the units of which differ by one at most."""
+    units, tiles = -(-rows // unit), -(-rows // block)
+    stops = [min(units * n // tiles * unit, rows) for n in range(tiles + 1)]
+    sizes = [-(-(stop - start) // unit) for start, stop in itertools.pairwise(stops)]
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) * unit <= block
+    return list(itertools.pairwise(stops))
 
 
 def assert_plan(plan: triton_plan.TilePlan, ids: torch.Tensor, experts: int, first: int = 1):
@@ -43,11 +57,12 @@ def assert_plan(plan: triton_plan.TilePlan, ids: torch.Tensor, experts: int, fir
     inverse[wanted.pairs] = torch.arange(rows)
     assert torch.equal(plan.inverse.cpu().long(), inverse)
     tiles = [
-        (e, s, min(s + plan.block, last))
+        (e, first + start, first + stop)
         for e, first, last in wanted.spans()
-        for s in range(first, last, plan.block)
+        for start, stop in cut(last - first, plan.block, plan.unit)
     ]
-    count = int(plan.count)
+    count, *counters = plan.count.tolist()
+    assert counters == [0, 0]
     assert count <= plan.max_tiles
     assert [tuple(t) for t in plan.tiles[:, :count].T.tolist()] == tiles
     assert (plan.tiles[:, count:] == POISON).all()
@@ -55,21 +70,23 @@ def assert_plan(plan: triton_plan.TilePlan, ids: torch.Tensor, experts: int, fir
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    "size, experts, block",
+    "size, experts, block, unit",
     [
-        (1, 1, 16),
-        (9, 5, 16),
-        (40, 3, 16),
-        (128, 300, 16),
-        (129, 2, 16),
-        (512, 1, 16),
-        (513, 520, 64),
-        (1300, 11, 64),
+        (1, 1, 16, 16),
+        (9, 5, 16, 8),
+        (40, 3, 16, 16),
+        (127, 1, 32, 8),
+        (128, 300, 16, 16),
+        (129, 2, 16, 16),
+        (512, 1, 16, 16),
+        (513, 520, 64, 16),
+        (1300, 11, 64, 64),
+        (1300, 4, 128, 16),
     ],
 )
-def test_plan(size, experts, block, dtype):
-    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block)
-    triton_plan.make_tile_plan(ids.to(dtype).to(DEVICE), experts, 1, block, plan)
+def test_plan(size, experts, block, unit, dtype):
+    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block, unit)
+    triton_plan.make_tile_plan(ids.to(dtype).to(DEVICE), experts, 1, plan)
     assert_plan(plan, ids, experts)
 
 
@@ -81,7 +98,7 @@ def test_plan_of_few_programs(size, experts, monkeypatch):
     monkeypatch.setattr(triton_plan, "_COUNTS", 16)
     ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, 64)
     assert plan.counts.shape == (4, experts)
-    triton_plan.make_tile_plan(ids.to(DEVICE), experts, 1, 64, plan)
+    triton_plan.make_tile_plan(ids.to(DEVICE), experts, 1, plan)
     assert_plan(plan, ids, experts)
 
 
@@ -89,5 +106,5 @@ def test_plan_of_one_expert():
     """All pairs for the first or the last expert of many, or for none."""
     for chosen in (0, 259, 260):
         ids, plan = torch.full((600, 1), chosen), poisoned_plan(600, 260, 16)
-        triton_plan.make_tile_plan(ids.to(DEVICE), 260, 0, 16, plan)
+        triton_plan.make_tile_plan(ids.to(DEVICE), 260, 0, plan)
         assert_plan(plan, ids, 260, first=0)

@@ -22,6 +22,7 @@ from moelten.kernels.triton_plan import (
     local_experts,
     make_tile_plan,
     store_count,
+    tile_start,
 )
 
 _SCAN = 1024
@@ -33,13 +34,13 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan)
     """What `triton_plan.make_tile_plan` writes to `plan`, in one launch up to 8192 pairs."""
     size = ids.numel()
     if size > _MAX_PAIRS:
-        make_tile_plan(ids, num_experts, first_expert, plan.block, plan)
+        make_tile_plan(ids, num_experts, first_expert, plan)
         return
     launch(
         plan_kernel, (num_experts,),
         ids.contiguous(), plan.pairs, plan.tiles, plan.count, plan.inverse,
         size, num_experts, first_expert, plan.max_tiles,
-        BLOCK=plan.block, EXPERTS=triton.next_power_of_2(num_experts),
+        BLOCK=plan.block, UNIT=plan.unit, EXPERTS=triton.next_power_of_2(num_experts),
         SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN),
     )  # fmt: skip
 
@@ -48,7 +49,7 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan)
 def plan_kernel(
     ids_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
     size, num_experts, first_expert, max_tiles,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Count all experts' pairs, in every program; write the pairs and tiles of its own."""
     gdc_launch_dependents()
@@ -67,17 +68,19 @@ def plan_kernel(
     tiles = (counts + BLOCK - 1) // BLOCK
     position = tl.sum(tl.where(e < expert, counts, 0))
     tile = tl.sum(tl.where(e < expert, tiles, 0))
-    stop = position + tl.sum(tl.where(e == expert, counts, 0))
+    rows = tl.sum(tl.where(e == expert, counts, 0))
     if expert == 0:
         store_count(count_ptr, tl.sum(tiles))
-    first = position
-    while first < stop:
-        tl.store(tiles_ptr + tile, expert)
-        tl.store(tiles_ptr + max_tiles + tile, first)
-        tl.store(tiles_ptr + 2 * max_tiles + tile, tl.minimum(first + BLOCK, stop))
-        tile += 1
-        first += BLOCK
-    if position < stop:
+    own = (rows + BLOCK - 1) // BLOCK
+    nth = expert * 0
+    while nth < own:
+        first = position + tile_start(nth, own, rows, UNIT)
+        stop = position + tile_start(nth + 1, own, rows, UNIT)
+        tl.store(tiles_ptr + tile + nth, expert)
+        tl.store(tiles_ptr + max_tiles + tile + nth, first)
+        tl.store(tiles_ptr + 2 * max_tiles + tile + nth, stop)
+        nth += 1
+    if rows > 0:
         start = expert * 0
         while start < size:
             i = start + tl.arange(0, SCAN)

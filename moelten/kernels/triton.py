@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moelten.activations import GELU, Activation, GeGLU, Identity, ReGLU, ReLU2, SiLU, SwiGLU
 from moelten.formats import Float
-from moelten.kernels.arena import ArenaBackend, Take, on_device, split_tokens
+from moelten.kernels.arena import ArenaBackend, Take, heap, on_device, split_tokens
 from moelten.kernels.cpu import RowsLayout
 from moelten.kernels.triton_variants import block_m, current_target, row_dtype
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
@@ -160,11 +160,14 @@ def _by_pair(spec: ExpertSpec, on_input: bool) -> bool:
 
 
 def _plan(spec: ExpertSpec, routing: Routing, plan: TilePlan | None = None) -> TilePlan:
-    from moelten.kernels.triton_plan import make_tile_plan
+    from moelten.kernels.triton_plan import empty_plan, make_tile_plan
 
-    sizes = routing.ids.numel(), spec.num_experts
-    block = block_m(*sizes, current_target(), spec.scheme.activations)
-    return make_tile_plan(routing.ids, *_local(spec), block, plan)
+    if plan is None:
+        sizes = routing.ids.numel(), spec.num_experts
+        block = block_m(*sizes, current_target(), spec.scheme.activations)
+        plan = empty_plan(heap(routing.ids.device), *sizes, block)
+    make_tile_plan(routing.ids, *_local(spec), plan)
+    return plan
 
 
 def _input_rows(

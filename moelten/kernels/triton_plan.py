@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moelten.kernels.arena import Take, heap
+from moelten.kernels.arena import Take
 from moelten.kernels.launches import launch
 
 _SMALL_PLAN = 128
@@ -30,6 +30,8 @@ _SMALLEST_BLOCK = 8
 class TilePlan:
     """Valid pairs sorted by expert, cut into tiles of up to `block` pairs of one expert.
 
+    An expert's are as few as can be, and as equal as multiples of `unit` can be.
+
     pairs:   int32 [P]; the sorted pairs, the rest undefined
     tiles:   int32 [3, max_tiles]: local expert, first position and last position + 1 of each tile
     count:   int32 [3]: how many tiles there are, and two counters at 0 for what shares them out
@@ -43,6 +45,7 @@ class TilePlan:
     count: Tensor
     counts: Tensor
     block: int
+    unit: int
     inverse: Tensor | None = None
 
     @property
@@ -51,28 +54,26 @@ class TilePlan:
 
 
 def empty_plan(
-    take: Take, pairs: int, num_experts: int, block: int, *, inverse: bool = False
-) -> TilePlan:
-    """Room for the plan of so many pairs, valid or not."""
-    assert block >= _SMALLEST_BLOCK, block
+    take: Take, pairs: int, num_experts: int, block: int, *,
+    unit: int | None = None, inverse: bool = False,
+) -> TilePlan:  # fmt: skip
+    """Room for the plan of so many pairs, valid or not; unit: by default a block."""
+    unit = unit or block
+    assert block >= _SMALLEST_BLOCK and block % unit == 0, (block, unit)
     room, max_tiles = (min(pairs, pairs // size + num_experts) for size in (_SMALLEST_BLOCK, block))
     tiles = take(torch.int32, 3 * room)[: 3 * max_tiles].view(3, max_tiles)
     i32 = torch.int32
     counts = take(i32, min(triton.cdiv(pairs, _CHUNK), _MAX_PROGRAMS), num_experts)
     where = take(i32, pairs) if inverse else None
-    return TilePlan(take(i32, pairs), tiles, take(i32, 3), counts, block, where)
+    return TilePlan(take(i32, pairs), tiles, take(i32, 3), counts, block, unit, where)
 
 
-def make_tile_plan(
-    ids: Tensor, num_experts: int, first_expert: int, block: int, plan: TilePlan | None = None
-) -> TilePlan:
+def make_tile_plan(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
     """Plan ids [T, k] (int32 or int64) on their device: one launch up to 128 pairs, else two.
 
-    plan: where to write, from `empty_plan` for the same sizes; a new one by default.
+    plan: where to write, from `empty_plan` for the same sizes
     """
     size = ids.numel()
-    if plan is None:
-        plan = empty_plan(heap(ids.device), size, num_experts, block)
     pairs, tiles, count, counts = plan.pairs, plan.tiles, plan.count, plan.counts
     ids = ids.contiguous()
     if size <= _SMALL_PLAN:
@@ -80,9 +81,9 @@ def make_tile_plan(
         launch(
             small_plan_kernel, (1,),
             ids, pairs, tiles, count, plan.inverse, size, num_experts, first_expert,
-            plan.max_tiles, BLOCK=block, SIZE=pad,
+            plan.max_tiles, BLOCK=plan.block, UNIT=plan.unit, SIZE=pad,
         )  # fmt: skip
-        return plan
+        return
     chunks = triton.cdiv(triton.cdiv(size, _CHUNK), _MAX_PROGRAMS)
     programs = triton.cdiv(size, chunks * _CHUNK)
     experts = triton.next_power_of_2(num_experts)
@@ -91,10 +92,9 @@ def make_tile_plan(
     launch(
         place_kernel, (programs,),
         ids, counts, pairs, tiles, count, plan.inverse, *sizes, plan.max_tiles,
-        BLOCK=block, EXPERTS=experts, CHUNK=_CHUNK,
+        BLOCK=plan.block, UNIT=plan.unit, EXPERTS=experts, CHUNK=_CHUNK,
         ROWS=min(max(_COUNTS // experts, 1), _MAX_PROGRAMS), num_warps=8,
     )  # fmt: skip
-    return plan
 
 
 @triton.jit
@@ -113,6 +113,13 @@ def histogram(local, num_experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
+def tile_start(nth, tiles, rows, UNIT: tl.constexpr):
+    """Where the nth of so many tiles of an expert's rows begins, and the one before it stops."""
+    units = ((rows + UNIT - 1) // UNIT).to(tl.int64)
+    return tl.minimum((nth * units // tl.maximum(tiles, 1)).to(tl.int32) * UNIT, rows)
+
+
+@triton.jit
 def store_count(count_ptr, tiles):
     """What `TilePlan.count` holds."""
     i = tl.arange(0, 4)
@@ -124,7 +131,7 @@ def store_count(count_ptr, tiles):
 def small_plan_kernel(
     ids_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
     size, num_experts, first_expert, max_tiles,
-    BLOCK: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Every pair compares itself with every other; SIZE squared comparisons in one program."""
     i = tl.arange(0, SIZE)
@@ -139,12 +146,15 @@ def small_plan_kernel(
     tl.store(pairs_ptr + position, i, mask=valid)
     if inverse_ptr is not None:
         tl.store(inverse_ptr + i, tl.where(valid, position, -1), mask=i < size)
-    starts = valid & (rank % BLOCK == 0)
+    tiles = (run + BLOCK - 1) // BLOCK
+    units = (run + UNIT - 1) // UNIT
+    nth = (rank // UNIT * tiles + units - 1) // units
+    starts = valid & (tile_start(nth, tiles, run, UNIT) == rank)
     before = (below | (same & earlier)) & starts[None, :]
     tile = tl.sum(before.to(tl.int32), axis=1)
     tl.store(tiles_ptr + tile, local, mask=starts)
     tl.store(tiles_ptr + max_tiles + tile, position, mask=starts)
-    stop = position + tl.minimum(run - rank, BLOCK)
+    stop = position - rank + tile_start(nth + 1, tiles, run, UNIT)
     tl.store(tiles_ptr + 2 * max_tiles + tile, stop, mask=starts)
     store_count(count_ptr, tl.sum(starts.to(tl.int32)))
 
@@ -192,7 +202,8 @@ def _counts_of_all(counts_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.cons
 def place_kernel(
     ids_ptr, counts_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
     size, num_experts, first_expert, chunks, max_tiles,
-    BLOCK: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, UNIT: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     """Write the positions of a program's pairs, and the nth tile of all experts for its share of n.
 
@@ -208,10 +219,10 @@ def place_kernel(
     to = tiles_ptr + tl.cumsum(tiles, 0) - tiles
     nth = program
     while nth < tl.max(tiles, 0):
-        start = first + nth * BLOCK
+        start = first + tile_start(nth, tiles, total, UNIT)
+        stop = first + tile_start(nth + 1, tiles, total, UNIT)
         tl.store(to + nth, e, mask=nth < tiles)
         tl.store(to + max_tiles + nth, start, mask=nth < tiles)
-        stop = tl.minimum(start + BLOCK, first + total)
         tl.store(to + 2 * max_tiles + nth, stop, mask=nth < tiles)
         nth += tl.num_programs(0)
     position = first + before
