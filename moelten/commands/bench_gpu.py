@@ -4,8 +4,9 @@ One graph holds a pass of calls, each with a draw of its own and the next copy o
 that between two uses of a byte of the weights the pass reads several times the L2 cache. A round is
 one replay, its time is the mean of the pass's calls; the output that is checked is what it wrote.
 
-Replays run in short bursts with rests between them, layers and ceilings alike: under lasting load a
-GPU lowers its clocks, an H200 in bf16 products by 15 %.
+Replays run in short bursts with rests between them, layers and ceilings alike, and the first of a
+burst does not count: under lasting load a GPU lowers its clocks, an H200 in bf16 products by 15 %.
+So a pass of long calls has few of them, and ends as soon as the products of a ceiling do.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from moelten.packed import PackedExperts
 
 # Caches' worth of weights that are read between two uses of the same bytes.
 COLD_CACHES = 4
-_FEWEST_CALLS, _MOST_CALLS, _TOKENS_OF_A_PASS = 8, 64, 1024
+_FEWEST_CALLS, _MOST_CALLS = 8, 64
+_LEAST_TOKENS, _MOST_TOKENS = 1024, 16384  # of a pass, but for one call at least
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 100
 _BURST_SECONDS = 0.015
 _CHECKED_ELEMENTS = 1 << 30
@@ -64,12 +66,13 @@ def num_copies(active_bytes: int, cache_bytes: int) -> int:
 
 
 def num_calls(tokens: int, copies: int) -> int:
-    """Calls of one pass: 64 short ones to 8 long ones, and every copy equally often.
+    """Calls of one pass: 64 short ones to 8 of 2048 tokens or fewer of more, each copy as often.
 
-    >>> num_calls(1, 3), num_calls(64, 1), num_calls(4096, 1)
-    (66, 16, 8)
+    >>> num_calls(1, 3), num_calls(64, 1), num_calls(2048, 1), num_calls(8192, 1)
+    (66, 16, 8, 2)
     """
-    calls = min(max(_TOKENS_OF_A_PASS // tokens, _FEWEST_CALLS), _MOST_CALLS)
+    calls = min(max(_LEAST_TOKENS // tokens, _FEWEST_CALLS), _MOST_CALLS)
+    calls = min(calls, max(_MOST_TOKENS // tokens, 1))
     return -(-calls // copies) * copies
 
 
