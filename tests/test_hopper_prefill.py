@@ -69,7 +69,7 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
         "w_desc": f"tensordesc<i32[{variant.stage * chunk},32],{_WORDS!r}>",
         "s_desc": boxes(scales),
         "z_desc": boxes(zeros),
-        "x_desc": f"tensordesc<{kind}[{variant.block // 4},64],{_TOKENS!r}>",
+        "x_desc": f"tensordesc<{kind}[{variant.unit},64],{_TOKENS!r}>",
         "x_scale_ptr": "*fp32" if halves == 1 or kind != operand else None,
         "scale_ptr": "*u32" if stored.scale == "block" else None,
         "zero_ptr": "*u32" if stored.zeros and not stored.group else None,
@@ -95,7 +95,7 @@ def test_machine_code(name, halves, choose):
     assert "setmaxnreg" in kernel.asm["ptx"]
     listing = listing_of(kernel.asm["cubin"])
     bodies = [listing[loop] for loop in innermost(loops(listing, "HGMMA"))]
-    # Two warpgroups, each with a loop for every width of tiles from 64 tokens on.
+    # Two warpgroups, each with a loop for every 16 tokens from 64 on.
     widths: list[set[int]] = []
     for body in bodies:
         names = operations(body)
@@ -104,13 +104,12 @@ def test_machine_code(name, halves, choose):
         # The left operand is in registers, and nothing is spilled.
         assert all(re.search(r"HGMMA\S+ R\d+, R\d+, gdesc", line) for line in products)
         assert not {"LDL", "STL"} & set(names)
-        if name != "bf16":  # whose registers are put together by halves
-            assert names.count("PRMT") <= (8 if choose is narrow_variant else 4)
+        assert names.count("PRMT") <= (8 if choose is narrow_variant else 4)
         # Products wait for each other at most twice a group, not one by one.
         waits = sum("DEPBAR" in line for line in body)
         assert waits <= len(products) // 2 and waits <= 6
-    three = {64, 32} if name == "int4g32z" else {96}
-    assert widths == ([{64}] if choose is narrow_variant else [{64}, three, {128}]) * 2
+    most = 64 if choose is narrow_variant else 128
+    assert widths == [{n} for n in range(64, most + 1, 16)] * 2
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "int4g128", "int4g32z", "fp8block", "bf16"])

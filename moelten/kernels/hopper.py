@@ -105,13 +105,14 @@ class HopperBackend(ArenaBackend):
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts, (hidden_size, inter))
         block = variant.block if variant else block_of(pairs, experts)
+        unit = variant.unit if variant else block
         dtype = _DTYPES[variant.weights.code.operand] if variant else own
         inputs = wide = None
         by_pair = on_input or "w13_pre_scale" in spec.extras
         if by_pair or not plain:
             count = pairs if by_pair else tokens
             inputs = empty_rows(take, count, hidden_size, fmt, dtype=None if plain else dtype)
-        plan = empty_plan(take, pairs, experts, block, inverse=variant is not None)
+        plan = empty_plan(take, pairs, experts, block, unit=unit, inverse=variant is not None)
         width = -(-inter // 32) * 32
         hidden = take(own if plain else torch.float32, 1, pairs, width)
         # Codes of 8 bits, or bf16 rows for operands of fp16: those times a power of two each.

@@ -225,6 +225,15 @@ def floats(words, W: gl.constexpr, TYPE: gl.constexpr):
 
 
 @gluon.jit
+def no_sums(COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """So many tensors of sums of a row tile, [64, tokens], before anything is added."""
+    sums = ()
+    for _ in gl.static_range(COUNT):
+        sums = sums + (gl.zeros([64, TOKENS], gl.float32, LAYOUT),)
+    return sums
+
+
+@gluon.jit
 def halves(x):
     """[warps, 16, 64] or [warps, 64, tokens] cut into its two blocks of 32 columns."""
     if x.shape[1] == 16:

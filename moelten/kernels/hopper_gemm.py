@@ -131,7 +131,7 @@ def prefill_gemm(
         prefill_kernel, (programs,),
         _boxes(matrix.parts["data"], variant.stage * chunk_rows, _WORDS),
         _boxes(scale, scale_rows, _PLAIN), _boxes(zero, zero_rows, _PLAIN),
-        TensorDescriptor.from_tensor(x.data, [plan.block // 4, 64], _TOKENS),
+        TensorDescriptor.from_tensor(x.data, [plan.unit, 64], _TOKENS),
         None if scale_rows else _words(scale), None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x.scale, plan.tiles, plan.count, plan.max_tiles,
         -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,

@@ -12,36 +12,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from moelten.kernels.hopper_fragments import halves
-from moelten.kernels.hopper_ring import (
-    find_row_tiles,
-    piece_size,
-    piece_start,
-    take_scale,
-    take_weights,
-)
+from moelten.kernels.hopper_fragments import halves, no_sums
+from moelten.kernels.hopper_ring import find_row_tiles, take_scale, take_weights
 
-_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
-_LEFT = gl.constexpr(gl.DotOperandLayout(0, _SUMS.value, 2))
-_RIGHT = gl.constexpr(gl.DotOperandLayout(1, _SUMS.value, 2))
+WARP_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+_LEFT = gl.constexpr(gl.DotOperandLayout(0, WARP_SUMS.value, 2))
+_RIGHT = gl.constexpr(gl.DotOperandLayout(1, WARP_SUMS.value, 2))
 
 
 @gluon.jit
-def _zeros(PIECES: gl.constexpr):
-    acc = ()
-    for i in gl.static_range(len(PIECES)):
-        acc = acc + (gl.zeros([64, piece_size(PIECES, i)], gl.float32, _SUMS),)
-    return acc
-
-
-@gluon.jit
-def _take_tokens(x, slot, c: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr):
-    """Activations of a chunk, the c-th of its stage, [64, tokens] in pieces."""
+def _take_tokens(x, slot, c: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr):
+    """Activations of a chunk, the c-th of its stage, [64, 8] times so many."""
     b = ()
-    for i in gl.static_range(len(PIECES)):
-        piece = x.index(slot * P.variant.stage + c)
-        piece = piece.slice(piece_start(PIECES, i), piece_size(PIECES, i), 0)
-        b = b + (piece.permute((1, 0)).load(_RIGHT),)
+    for i in gl.static_range(UNITS):
+        tokens = x.index(slot * P.variant.stage + c).slice(8 * i, 8, 0)
+        b = b + (tokens.permute((1, 0)).load(_RIGHT),)
     return b
 
 
@@ -64,7 +49,8 @@ def _dot(acc, a, b, group: gl.constexpr, P: gl.constexpr):
 @gluon.jit
 def _add(acc, part, scale):
     """acc + part, whose rows are times a scale, [64]."""
-    rows = gl.convert_layout(scale, gl.SliceLayout(1, _SUMS), assert_trivial=True).expand_dims(1)
+    rows = gl.convert_layout(scale, gl.SliceLayout(1, WARP_SUMS), assert_trivial=True)
+    rows = rows.expand_dims(1)
     out = ()
     for i in gl.static_range(len(acc)):
         out = out + (acc[i] + part[i] * rows,)
@@ -74,7 +60,7 @@ def _add(acc, part, scale):
 @gluon.jit
 def _add_chunk(
     acc, part, a, b, scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, last: gl.constexpr,
-    PIECES: gl.constexpr, P: gl.constexpr,
+    UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums of a row tile, and products that wait for the scales of their group, after a chunk.
 
@@ -87,7 +73,7 @@ def _add_chunk(
             if last:
                 scale = take_scale(scales, scale_ptr, matrix, slot, tile, chunk, g, P)
                 acc = _add(acc, part, scale)
-                part = _zeros(PIECES)
+                part = no_sums(UNITS, 8, WARP_SUMS)
         return acc, part
     else:
         return _dot(acc, a, b, 0, P), part
@@ -96,9 +82,9 @@ def _add_chunk(
 @gluon.jit
 def warp_sums(
     words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-    steps, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+    steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile."""
+    """Sums [64, 8] of a warpgroup's row tiles, tile after tile, of so many times 8 tokens."""
     TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
     STAGE: gl.constexpr = P.variant.stage
@@ -108,15 +94,15 @@ def warp_sums(
     acc = ()
     none = ()
     for _ in gl.static_range(TILES):
-        acc = acc + (_zeros(PIECES),)
-        none = none + (_zeros(PIECES),)
+        acc = acc + (no_sums(UNITS, 8, WARP_SUMS),)
+        none = none + (no_sums(UNITS, 8, WARP_SUMS),)
     for step in range(steps):
         slot = turn % P.variant.slots
         mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
         part = none
         for c in gl.static_range(STAGE):
             chunk = step * STAGE + c
-            b = _take_tokens(x, slot, c, PIECES, P)
+            b = _take_tokens(x, slot, c, UNITS, P)
             sums = ()
             rest = ()
             for t in gl.static_range(TILES):
@@ -125,7 +111,7 @@ def warp_sums(
                 )
                 own, waiting = _add_chunk(
                     acc[t], part[t], a, b, scales, scale_ptr, matrix[t], slot, FIRST + t, chunk,
-                    (c + 1) % SPAN == 0, PIECES, P,
+                    (c + 1) % SPAN == 0, UNITS, P,
                 )  # fmt: skip
                 sums = sums + (own,)
                 rest = rest + (waiting,)

@@ -7,7 +7,7 @@ expert's matrix by up to `block` of its tokens. One warp brings packed weights a
 (`hopper_ring`) while warpgroups share the rows, decode weights in registers and multiply from
 there: by instructions of whole warpgroups for many tokens (`hopper_wgmma`), of single warps for few
 (`hopper_mma`). Activations come sorted by expert, columns in the order of operands, so that a
-tile's are one block of memory. A tile of few tokens multiplies quarters of the block.
+tile's are one block of memory. What a tile costs grows by units of a few tokens.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
-from moelten.kernels.hopper_mma import warp_sums
-from moelten.kernels.hopper_ring import piece_size, piece_start, pieces, produce, take_work
-from moelten.kernels.hopper_threequarters import find
+from moelten.kernels.hopper_fragments import no_sums
+from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
+from moelten.kernels.hopper_products import SUMS, find
+from moelten.kernels.hopper_ring import produce, take_work
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
 # Registers of a thread of the second warpgroup, and of the producer.
@@ -57,58 +58,62 @@ def _opaque(number):
 
 
 @gluon.jit
-def _finish_parts(
-    sums, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, at, stop,
-    row_tile, alpha, beta, limit, P: gl.constexpr,
-):  # fmt: skip
-    """What follows the sums [row group, b, g, positions at ..], and `_store`.
-
-    32 tokens at a time, for which little shared memory and few registers do.
-    """
-    TOKENS: gl.constexpr = sums.shape[3]
-    if TOKENS > 32:
-        HALF: gl.constexpr = TOKENS // 2
-        parts = gl.split(sums.reshape([4, 2, 8, 2, HALF]).permute((0, 1, 2, 4, 3)))
-        for i in gl.static_range(2):
-            _finish_parts(
-                parts[i], row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
-                expert, at + i * HALF, stop, row_tile, alpha, beta, limit, P,
-            )  # fmt: skip
+def _together(acc, start: gl.constexpr, COUNT: gl.constexpr):
+    """Some of the sums, [64, tokens], as one tensor."""
+    if COUNT == 1:
+        return acc[start]
     else:
-        W: gl.constexpr = P.weights
-        ACTIVATION: gl.constexpr = P.activation
-        if x_scale_ptr is not None:
-            sums = scale_tokens(sums, x_scale_ptr, at, stop, None, 1)
-        y = finish(
-            sums, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, 0,
-            alpha, beta, limit, P.rows, P.row_tiles, W, P.halves, ACTIVATION, P.limited,
-        )  # fmt: skip
-        _store(y, out_ptr, at, stop, row_tile * (64 // P.halves), P)
+        HALF: gl.constexpr = COUNT // 2
+        low, high = _together(acc, start, HALF), _together(acc, start + HALF, HALF)
+        return gl.join(low, high).permute((0, 2, 1)).reshape([64, 2 * low.shape[1]])
 
 
 @gluon.jit
-def _work(
-    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, row_scale_ptr,
-    x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile, steps,
-    alpha, beta, limit,
-    group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+def _finish_tile(
+    acc, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop,
+    row_tile, alpha, beta, limit, P: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's half of a piece of work."""
-    SUMS: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
-    acc, turn = SUMS(
+    """What follows the sums of a row tile's block, and `_store`.
+
+    32 tokens at a time, for which little shared memory and few registers do.
+    """
+    W: gl.constexpr = P.weights
+    ACTIVATION: gl.constexpr = P.activation
+    COUNT: gl.constexpr = 32 // P.variant.unit
+    PARTS: gl.constexpr = P.most // COUNT
+    for i in gl.static_range(PARTS):
+        at = first + 32 * i
+        if at < stop:
+            sums = _together(acc, i * COUNT, COUNT).reshape([4, 2, 8, 32])
+            if x_scale_ptr is not None:
+                sums = scale_tokens(sums, x_scale_ptr, at, stop, None, 1)
+            y = finish(
+                sums, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, 0,
+                alpha, beta, limit, P.rows, P.row_tiles, W, P.halves, ACTIVATION, P.limited,
+            )  # fmt: skip
+            _store(y, out_ptr, at, stop, row_tile * (64 // P.halves), P)
+
+
+@gluon.jit
+def _sums(
+    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+    steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """A warpgroup's half of a piece of work of so many units: a block's sums of each row tile."""
+    SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
+    acc, turn = SUMS_OF(
         words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-        steps, group, PIECES, P,
+        steps, group, UNITS, P,
     )  # fmt: skip
-    first, expert = _opaque(first), _opaque(expert).to(gl.int64)
-    COUNT: gl.constexpr = len(PIECES)
-    for i in gl.static_range(P.variant.each * COUNT):
-        _finish_parts(
-            acc[i].reshape([4, 2, 8, piece_size(PIECES, i % COUNT)]),
-            row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert,
-            first + piece_start(PIECES, i % COUNT), stop, row_tile + i // COUNT,
-            alpha, beta, limit, P,
-        )  # fmt: skip
-    return turn
+    EACH: gl.constexpr = P.variant.each
+    MOST: gl.constexpr = P.most
+    UNIT: gl.constexpr = P.variant.unit
+    LAYOUT: gl.constexpr = WARP_SUMS if P.variant.by_warp else SUMS
+    none = no_sums(MOST - UNITS, UNIT, LAYOUT)
+    out = ()
+    for t in gl.static_range(EACH):
+        out = out + acc[t * UNITS : (t + 1) * UNITS] + none
+    return out, turn
 
 
 @gluon.jit
@@ -117,20 +122,30 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
         words, scales, zeros, x, place, work, full, empty, steps, scale_ptr, zero_ptr,
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     ) = arguments  # fmt: skip
+    EACH: gl.constexpr = P.variant.each
+    UNIT: gl.constexpr = P.variant.unit
     LEAST: gl.constexpr = P.least
+    MOST: gl.constexpr = P.most
+    LAYOUT: gl.constexpr = WARP_SUMS if P.variant.by_warp else SUMS
     turn = 0
     expert, first, stop, row_tile = take_work(work, full, turn, P)
     while expert >= 0:
-        row_tile += P.variant.each * group
-        quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
-        quarters = gl.maximum(quarters, LEAST)
-        for n in gl.static_range(LEAST, 5):
-            if quarters == n:
-                turn = _work(
+        row_tile += EACH * group
+        units = gl.maximum((stop - first + UNIT - 1) // UNIT, LEAST)
+        acc = no_sums(EACH * MOST, UNIT, LAYOUT)
+        for n in gl.static_range(LEAST, MOST + 1):
+            if units == n:
+                acc, turn = _sums(
                     words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr,
-                    row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert,
-                    first, stop, row_tile, steps, alpha, beta, limit, group, pieces(n, P), P,
+                    expert, row_tile, steps, group, n, P,
                 )  # fmt: skip
+        first, expert = _opaque(first), _opaque(expert).to(gl.int64)
+        for t in gl.static_range(EACH):
+            _finish_tile(
+                acc[t * MOST : (t + 1) * MOST], row_scale_ptr, x_scale_ptr, bias_ptr,
+                table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile + t,
+                alpha, beta, limit, P,
+            )  # fmt: skip
         expert, first, stop, row_tile = take_work(work, full, turn, P)
 
 
@@ -161,7 +176,7 @@ def prefill_kernel(
     x = gl.allocate_shared_memory(
         P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
     )
-    place = find(x) if P.at_once else 0
+    place = 0 if P.variant.by_warp else find(x)
     work = gl.allocate_shared_memory(
         gl.int32, [P.variant.slots, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )

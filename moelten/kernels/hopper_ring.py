@@ -86,17 +86,17 @@ class Problem:
         return 2 if self.scaled and self.weights.group == 32 else 1
 
     @property
+    def most(self) -> int:
+        """Units of tokens of a block: tensors of sums of a row tile."""
+        return self.variant.block // self.variant.unit
+
+    @property
     def least(self) -> int:
-        """Quarters of a block that are always multiplied.
+        """Units that are always multiplied.
 
         Instructions of whole warpgroups take as long for fewer tokens as for 64.
         """
-        return 1 if self.variant.by_warp else 256 // self.variant.block
-
-    @property
-    def at_once(self) -> bool:
-        """Whether three quarters of a block are one product (`hopper_threequarters`)."""
-        return self.variant.block == 128 and self.groups == 1
+        return 1 if self.variant.by_warp else 64 // self.variant.unit
 
     @property
     def spread(self) -> bool:
@@ -110,24 +110,6 @@ class Problem:
 
 
 # Work ---------------------------------------------------------------------------------------------
-
-
-@gluon.constexpr_function
-def pieces(quarters, P):
-    """A tile's tokens as powers of two, which is what tensors can have."""
-    quarter = P.variant.block // 4
-    three = (quarter,) * 3 if P.at_once else (2 * quarter, quarter)
-    return ((quarter,), (2 * quarter,), three, (4 * quarter,))[quarters - 1]
-
-
-@gluon.constexpr_function
-def piece_size(pieces, index):
-    return pieces[index]
-
-
-@gluon.constexpr_function
-def piece_start(pieces, index):
-    return sum(pieces[:index])
 
 
 @gluon.jit
@@ -184,16 +166,16 @@ def find_row_tiles(zero_ptr, expert, row_tile, P: gl.constexpr):
 @gluon.jit
 def _fill(
     w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
-    expert, first, row_tile, steps, P: gl.constexpr, BOXES: gl.constexpr,
+    expert, first, row_tile, steps, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Bring one piece of work, stage after stage."""
-    BOX: gl.constexpr = x_desc.block_shape[0]
+    """Bring one piece of work of so many units of tokens, stage after stage."""
+    UNIT: gl.constexpr = P.variant.unit
     W_ROWS: gl.constexpr = w_desc.block_shape[0]
     S_ROWS: gl.constexpr = 0 if s_desc is None else s_desc.block_shape[0]
     Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[0]
     TILES: gl.constexpr = P.variant.tiles
     STAGE: gl.constexpr = P.variant.stage
-    BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * BOXES * BOX)
+    BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * UNITS * UNIT)
     for step in range(steps):
         slot = turn % P.variant.slots
         mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
@@ -212,17 +194,17 @@ def _fill(
                 to = zeros.index(slot * TILES + tile)
                 _bring(z_desc, [block * Z_ROWS, 0], bar, to)
         for c in gl.static_range(STAGE):
-            for box in gl.static_range(BOXES):
-                piece = x.index(slot * STAGE + c).slice(box * BOX, BOX, 0)
-                at = [first + box * BOX, (step * STAGE + c) * 64]
-                _bring(x_desc, at, bar, piece)
+            for unit in gl.static_range(UNITS):
+                tokens = x.index(slot * STAGE + c).slice(unit * UNIT, UNIT, 0)
+                at = [first + unit * UNIT, (step * STAGE + c) * 64]
+                _bring(x_desc, at, bar, tokens)
         turn += 1
     return turn
 
 
 @gluon.jit
 def produce(arguments, P: gl.constexpr):
-    """Fill the ring, as many quarters of a block as have tokens, while there are pieces of work.
+    """Fill the ring while there are pieces of work.
 
     Pieces differ in size, so programs do not have shares of them: each takes the next one when it
     has room for it. A counter says which is next, after those that programs begin with.
@@ -232,6 +214,8 @@ def produce(arguments, P: gl.constexpr):
         count_ptr, max_tiles, steps,
     ) = arguments  # fmt: skip
     NEXT: gl.constexpr = 1 if P.ordered else 2
+    UNIT: gl.constexpr = P.variant.unit
+    MOST: gl.constexpr = P.most
     turn = 0
     count = gl.load(count_ptr) * P.row_blocks
     index = gl.program_id(0)
@@ -244,12 +228,12 @@ def produce(arguments, P: gl.constexpr):
         slot = turn % P.variant.slots
         mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
         _hand_over(work.index(slot), expert, first, stop, row_tile)
-        quarters = (stop - first + P.variant.block // 4 - 1) // (P.variant.block // 4)
-        for boxes in gl.static_range(1, 5):
-            if quarters == boxes:
+        units = (stop - first + UNIT - 1) // UNIT
+        for n in gl.static_range(1, MOST + 1):
+            if units == n:
                 turn = _fill(
                     w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
-                    expert, first, row_tile, steps, P, boxes,
+                    expert, first, row_tile, steps, n, P,
                 )  # fmt: skip
         index = gl.num_programs(0) + gl.atomic_add(count_ptr + NEXT, 1, sem="relaxed")
     slot = turn % P.variant.slots
@@ -370,15 +354,12 @@ def take_weights(
 
 
 @gluon.jit
-def take_stage(
-    words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr,
-    OPERAND: gl.constexpr,
-):  # fmt: skip
-    """`take_weights` of a stage's chunks, of which `chunk` is the first."""
+def take_stage(words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+    """`take_weights` of a stage's chunks, of which `chunk` is the first: their registers."""
     STAGE: gl.constexpr = P.variant.stage
     a = ()
     for c in gl.static_range(STAGE):
-        own = take_weights(words, scales, zeros, zero, slot, tile, chunk + c, c, P, OPERAND)
+        own = take_weights(words, scales, zeros, zero, slot, tile, chunk + c, c, P, gl.uint32)
         a = a + (own,)
     return a
 

@@ -54,6 +54,11 @@ class WideVariant:
         """Whether warps multiply by themselves, which costs what the tokens cost."""
         return self.block <= 32
 
+    @property
+    def unit(self) -> int:
+        """Tokens by which products grow."""
+        return 8 if self.by_warp else 16
+
 
 def block_of(pairs: int, num_experts: int) -> int:
     """Pairs per tile: wide tiles cost every tile some speed, narrow ones large experts a pass more.

@@ -12,96 +12,32 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from moelten.kernels import hopper_threequarters
-from moelten.kernels.hopper_fragments import halves
-from moelten.kernels.hopper_ring import (
-    find_row_tiles,
-    piece_size,
-    piece_start,
-    take_scale,
-    take_stage,
-)
-
-
-@gluon.constexpr_function
-def _sum_layout(tokens):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 16])
+from moelten.kernels.hopper_fragments import no_sums
+from moelten.kernels.hopper_products import SUMS, TOKENS, multiply
+from moelten.kernels.hopper_ring import find_row_tiles, take_scale, take_stage
 
 
 @gluon.jit
-def _zeros(PIECES: gl.constexpr):
-    acc = ()
-    for i in gl.static_range(len(PIECES)):
-        acc = acc + (
-            gl.zeros([64, piece_size(PIECES, i)], gl.float32, _sum_layout(piece_size(PIECES, i))),
-        )
-    return acc
-
-
-@gluon.jit
-def _multiply(
-    acc, a, x, place, slot, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
-):  # fmt: skip
+def _multiply(acc, a, place, slot, group: gl.constexpr, P: gl.constexpr):
     """acc + a row tile's stage, or a group of it, @ x: in flight."""
-    if len(PIECES) == 3:
-        return _multiply_thirds(acc, a, place, slot, P)
-    else:
-        return _multiply_pieces(acc, a, x, slot, group, PIECES, P)
-
-
-@gluon.jit
-def _multiply_thirds(acc, a, place, slot, P: gl.constexpr):
     STAGE: gl.constexpr = P.variant.stage
+    HALVES: gl.constexpr = 2 // P.groups
     OPERAND: gl.constexpr = P.operand
     for c in gl.static_range(STAGE):
-        left = gl.convert_layout(a[c], acc[0].type.layout, assert_trivial=True)
         at = place + (slot * STAGE + c) * (P.variant.block * 128)
-        acc = hopper_threequarters.multiply(acc, left, at, OPERAND)
-    return acc
-
-
-@gluon.jit
-def _multiply_pieces(
-    acc, a, x, slot, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr
-):  # fmt: skip
-    K: gl.constexpr = 64 // P.groups
-    STAGE: gl.constexpr = P.variant.stage
-    for c in gl.static_range(STAGE):
-        left = a[c]
-        if P.groups == 2:
-            left = halves(left)[group]
-        left = left.reshape([64, K])
-        out = ()
-        for i in gl.static_range(len(acc)):
-            own = gl.convert_layout(
-                left,
-                gl.DotOperandLayout(0, _sum_layout(piece_size(PIECES, i)), 2),
-                assert_trivial=True,
-            )
-            b = x.index(slot * P.variant.stage + c).slice(
-                piece_start(PIECES, i), piece_size(PIECES, i), 0
-            )
-            b = b.slice(group * K, K, 1).permute((1, 0))
-            out = out + (warpgroup_mma(own, b, acc[i], is_async=True),)
-        acc = out
+        left = gl.split(a[c].reshape([64, 2, TOKENS]).permute((0, 2, 1)))
+        for h in gl.static_range(group * HALVES, group * HALVES + HALVES):
+            own = gl.convert_layout(left[h], SUMS, assert_trivial=True)
+            acc = multiply(acc, own, at, h, OPERAND)
     return acc
 
 
 @gluon.jit
 def _wait(acc):
     """Sums, complete."""
-    if len(acc) == 1:
-        return (warpgroup_mma_wait(0, deps=[acc[0]]),)
-    elif len(acc) == 2:
-        return warpgroup_mma_wait(0, deps=[acc[0], acc[1]])
-    else:
-        return warpgroup_mma_wait(0, deps=[acc[0], acc[1], acc[2]])
+    return warpgroup_mma_wait(0, deps=acc)
 
 
 @gluon.jit
@@ -109,7 +45,7 @@ def _times(acc, rows):
     """Every row of the sums times a number [64]."""
     out = ()
     for i in gl.static_range(len(acc)):
-        own = gl.convert_layout(rows, gl.SliceLayout(1, acc[i].type.layout), assert_trivial=True)
+        own = gl.convert_layout(rows, gl.SliceLayout(1, SUMS), assert_trivial=True)
         out = out + (acc[i] * own.expand_dims(1),)
     return out
 
@@ -154,9 +90,9 @@ def _put(items, index: gl.constexpr, item):
 @gluon.jit
 def warpgroup_sums(
     words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-    steps, group: gl.constexpr, PIECES: gl.constexpr, P: gl.constexpr,
+    steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [64, tokens] of a warpgroup's row tiles, in pieces of tokens, tile after tile.
+    """Sums [64, 16] of a warpgroup's row tiles, tile after tile, of so many times 16 tokens.
 
     Row tiles take turns, group after group. While one multiplies, the one whose turn is next is
     decoded, and its sums are brought to its next scales.
@@ -164,7 +100,6 @@ def warpgroup_sums(
     TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
     TURNS: gl.constexpr = TILES * P.groups
-    OPERAND: gl.constexpr = gl.uint32 if len(PIECES) == 3 else P.operand
     slot = turn % P.variant.slots
     start = turn * 0
     mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
@@ -172,9 +107,9 @@ def warpgroup_sums(
     acc = ()
     unit = ()
     for t in gl.static_range(TILES):
-        acc = acc + (_zeros(PIECES),)
+        acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
         unit = unit + (_first_unit(scales, scale_ptr, matrix[t], slot, FIRST + t, start, P),)
-    first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P, OPERAND)
+    first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P)
     for step in range(steps):
         slot = turn % P.variant.slots
         chunk = step * P.variant.stage
@@ -183,7 +118,7 @@ def warpgroup_sums(
         more = step + 1 < steps
         a = (first,)
         for i in gl.static_range(TURNS):
-            now = _multiply(acc[i % TILES], a[i % TILES], x, place, slot, i // TILES, PIECES, P)
+            now = _multiply(acc[i % TILES], a[i % TILES], place, slot, i // TILES, P)
             if i + 1 < TURNS:
                 if P.scaled:
                     scale = take_scale(
@@ -195,7 +130,7 @@ def warpgroup_sums(
                     unit = _put(unit, (i + 1) % TILES, own)
                 if i + 1 < TILES:
                     tile = take_stage(
-                        words, scales, zeros, zero[i + 1], slot, FIRST + i + 1, chunk, P, OPERAND
+                        words, scales, zeros, zero[i + 1], slot, FIRST + i + 1, chunk, P
                     )
                     a = a + (tile,)
                     turn = _end_block(turn)
@@ -209,9 +144,8 @@ def warpgroup_sums(
                     acc = _put(acc, 0, sums)
                     unit = _put(unit, 0, own)
                 first = take_stage(
-                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P,
-                    OPERAND,
-                )  # fmt: skip
+                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P
+                )
                 turn = _end_block(turn)
             acc = _put(acc, i % TILES, _wait(now))
         mbarrier.arrive(empty.index(slot))

@@ -1,11 +1,12 @@
-"""Products of 96 tokens in one instruction. Gluon has none: its tensors are powers of two.
+"""Products of a whole warpgroup for any multiple of 16 tokens, in one instruction.
 
-Two, of 64 and 32 tokens, would cost as much as one of 128: with its left operand in registers, an
-instruction takes as long for 32 as for 64. So this is wgmma m64n96k16 as inline PTX. Sums come as
-three tensors of 32 tokens, whose registers, one tensor's after the other's, are those of 96.
+Gluon has them for powers of two, which is what tensors' sizes can be, and several small ones cost
+more: with its left operand in registers, an instruction takes as long for 32 tokens as for 64. So
+this is wgmma as inline PTX. Sums come as tensors of 16 tokens, whose registers, one tensor's after
+the other's, are the instruction's.
 
-The instruction wants to know where its right operand lies in shared memory, which Gluon does not
-tell either: see `find`.
+It wants to know where its right operand lies in shared memory, which Gluon does not tell either:
+see `find`.
 """
 
 from __future__ import annotations
@@ -13,61 +14,68 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# Of a thread: of a third of the sums, and of a row tile's chunk.
-_REGISTERS = 16
+# Tokens of a tensor of sums, and its registers of a thread; the left operand's are as many.
+TOKENS = gl.constexpr(16)
+_REGISTERS = 8
+SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
 # Of a descriptor of rows of 128 bytes, K contiguous: 8 rows are a kilobyte, bytes swizzled by 128.
 _LOW, _HIGH = gl.constexpr(1 << 16), 64 | 1 << 30
 
 
-def _ptx(kind: str) -> str:
-    """Four steps of 16 columns, in flight.
+@gluon.constexpr_function
+def _ptx(count, operand):
+    """Two steps of 16 columns, in flight, for `count` tensors of sums.
 
-    Sums are $0 .. $47, and come in there too; then $96 .. $111 the left operand, and, as often,
-    the low word of the right one's descriptor.
+    Those are the first operands, and come in behind themselves; then the left operand, and, as
+    often, the low word of the right one's descriptor.
     """
-    sums = ", ".join(f"${i}" for i in range(3 * _REGISTERS))
-    left = 6 * _REGISTERS
+    kind = "bf16" if operand == gl.bfloat16 else "f16"
+    sums = ", ".join(f"${i}" for i in range(count * _REGISTERS))
+    left = 2 * count * _REGISTERS
     lines = [
         "{.reg .b64 right; .reg .b32 low, high;",
         "wgmma.fence.sync.aligned;",
         f"mov.b32 high, {_HIGH};",
     ]
-    for step in range(4):
+    for step in range(2):
         # The instruction wants rows g and g + 8 of the first 8 columns, then of the others.
         own = ", ".join(f"${left + 4 * step + i}" for i in (0, 2, 1, 3))
         lines += [
             f"add.u32 low, ${left + _REGISTERS}, {2 * step};",
             "mov.b64 right, {low, high};",
-            f"wgmma.mma_async.sync.aligned.m64n96k16.f32.{kind}.{kind}",
+            f"wgmma.mma_async.sync.aligned.m64n{16 * count}k16.f32.{kind}.{kind}",
             f"{{{sums}}}, {{{own}}}, right, 1, 1, 1, 0;",
         ]
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;}"])
 
 
-_BF16, _FP16 = gl.constexpr(_ptx("bf16")), gl.constexpr(_ptx("f16"))
-_CONSTRAINTS = gl.constexpr(
-    ",".join(
-        ["=f"] * (3 * _REGISTERS)
-        + [str(i) for i in range(3 * _REGISTERS)]
-        + ["r"] * (2 * _REGISTERS)
-    )
-)
+@gluon.constexpr_function
+def _constraints(count):
+    sums = count * _REGISTERS
+    return ",".join(["=f"] * sums + [str(i) for i in range(sums)] + ["r"] * (2 * _REGISTERS))
+
+
+@gluon.constexpr_function
+def _types(count):
+    return (gl.float32,) * count
 
 
 @gluon.jit
-def multiply(acc, left, place, OPERAND: gl.constexpr):
-    """Sums of three times 32 tokens, [64, 32], + a row tile's chunk @ x: in flight.
+def multiply(acc, left, place, half: gl.constexpr, OPERAND: gl.constexpr):
+    """Sums [64, 16] of several times 16 tokens + half a row tile's chunk @ x: in flight.
 
-    left:  the chunk's registers (`hopper_fragments`), uint32 [64, 32] in the layout of the sums
+    left:  the registers of 32 columns (`hopper_fragments`), uint32 [64, 16] in the layout of sums
     place: where the chunk of x begins
     """
-    TEXT: gl.constexpr = _BF16 if OPERAND == gl.bfloat16 else _FP16
-    low = (place & 0x3FFFF) >> 4 | _LOW
-    low = gl.full([64, 32], 0, gl.int32, acc[0].type.layout) + low
+    COUNT: gl.constexpr = len(acc)
+    PTX: gl.constexpr = _ptx(COUNT, OPERAND)
+    CONSTRAINTS: gl.constexpr = _constraints(COUNT)
+    TYPES: gl.constexpr = _types(COUNT)
+    low = ((place + half * 64) & 0x3FFFF) >> 4 | _LOW
+    low = gl.full([64, 16], 0, gl.int32, SUMS) + low
     return gl.inline_asm_elementwise(
-        TEXT, _CONSTRAINTS, [acc[0], acc[1], acc[2], left, low],
-        (gl.float32, gl.float32, gl.float32), is_pure=False, pack=16,
-    )  # fmt: skip
+        PTX, CONSTRAINTS, acc + (left, low), TYPES, is_pure=False, pack=8
+    )
 
 
 @gluon.jit
