@@ -28,8 +28,8 @@ from moelten.kernels.hopper_schedule import narrow_variant, warp_variant, wide_v
 from moelten.routing import Routing
 
 pytestmark = pytest.mark.gpu
-# Of 7 experts with 2 slots per token: every quarter of a block, whole blocks, and two of them.
-TOKENS = (1, 3, 40, 100, 190, 300, 420, 900)
+# Of 7 experts with 2 slots per token: every width of a tile, whole blocks, and two of them.
+TOKENS = (1, 3, 40, 190, 260, 340, 420, 900)
 
 
 def only(monkeypatch, variant):
@@ -63,6 +63,17 @@ def always_warps(monkeypatch):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme(always_wide, name):
     check_scheme(SCHEMES[name], TOKENS)
+
+
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32z_bf16"])
+def test_every_width_of_tiles(always_wide, name):
+    """One expert's tokens: around every unit of a block, and of two blocks, which share them."""
+    case = Case(scheme(name), num_experts=1, hidden_size=512, intermediate_size=256, top_k=1)
+    weights = make_weights(case)
+    packed = moelten.pack(on_gpu(weights), backend="hopper")
+    for units in range(4, 17):
+        for tokens in (16 * units, 16 * units + 1):
+            check(weights, *make_input(replace(case, tokens=tokens, seed=tokens)), packed)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
