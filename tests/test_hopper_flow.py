@@ -54,7 +54,7 @@ class Gemms:
         return y if epilogue.post_scale is None else y * epilogue.post_scale[expert]
 
     def tiles(self, plan):
-        for tile in range(int(plan.count)):
+        for tile in range(int(plan.count[0])):
             yield [int(plan.tiles.view(3, -1)[i, tile]) for i in range(3)]
 
     def few(self, x, matrix, plan, out, variant, *, first, rows_per_source=1, epilogue):
