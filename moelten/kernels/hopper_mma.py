@@ -81,7 +81,7 @@ def _add_chunk(
 
 @gluon.jit
 def warp_sums(
-    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
     steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, 8] of a warpgroup's row tiles, tile after tile, of so many times 8 tokens."""

@@ -96,19 +96,19 @@ def _finish_tile(
 
 @gluon.jit
 def _sums(
-    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-    steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+    group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work of so many units: a block's sums of each row tile."""
     SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
     acc, turn = SUMS_OF(
-        words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-        steps, group, UNITS, P,
+        words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+        group, UNITS, P,
     )  # fmt: skip
     EACH: gl.constexpr = P.variant.each
     MOST: gl.constexpr = P.most
     UNIT: gl.constexpr = P.variant.unit
-    LAYOUT: gl.constexpr = WARP_SUMS if P.variant.by_warp else SUMS
+    LAYOUT: gl.constexpr = acc[0].type.layout
     none = no_sums(MOST - UNITS, UNIT, LAYOUT)
     out = ()
     for t in gl.static_range(EACH):
@@ -119,7 +119,7 @@ def _sums(
 @gluon.jit
 def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     (
-        words, scales, zeros, x, place, work, full, empty, steps, scale_ptr, zero_ptr,
+        words, scales, zeros, x, work, full, empty, steps, scale_ptr, zero_ptr,
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     ) = arguments  # fmt: skip
     EACH: gl.constexpr = P.variant.each
@@ -136,7 +136,7 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
         for n in gl.static_range(LEAST, MOST + 1):
             if units == n:
                 acc, turn = _sums(
-                    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr,
+                    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr,
                     expert, row_tile, steps, group, n, P,
                 )  # fmt: skip
         first, expert = _opaque(first), _opaque(expert).to(gl.int64)
@@ -176,7 +176,7 @@ def prefill_kernel(
     x = gl.allocate_shared_memory(
         P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
     )
-    place = 0 if P.variant.by_warp else find(x)
+    there = x if P.variant.by_warp else find(x)
     work = gl.allocate_shared_memory(
         gl.int32, [P.variant.slots, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
@@ -188,7 +188,7 @@ def prefill_kernel(
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     consumer = (
-        words, scales, zeros, x, place, work, full, empty, steps, scale_ptr, zero_ptr,
+        words, scales, zeros, there, work, full, empty, steps, scale_ptr, zero_ptr,
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     )  # fmt: skip
     producer = (

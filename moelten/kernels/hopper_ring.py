@@ -112,10 +112,16 @@ class Problem:
 # Work ---------------------------------------------------------------------------------------------
 
 
+@gluon.constexpr_function
+def _work_layout(warps):
+    """A piece of work, four words, in every lane."""
+    return gl.BlockedLayout([4], [32], [warps], [0])
+
+
 @gluon.jit
 def _hand_over(work, expert, first, stop, row_tile):
     """Write down a piece of work: expert, first and stop position, first row tile."""
-    i = gl.arange(0, 4, gl.BlockedLayout([4], [32], [gl.num_warps()], [0]))
+    i = gl.arange(0, 4, _work_layout(gl.num_warps()))
     low = gl.where(i == 0, expert, first)
     work.store(gl.where(i < 2, low, gl.where(i == 2, stop, row_tile)))
 
@@ -125,7 +131,7 @@ def take_work(work, full, turn, P: gl.constexpr):
     """The piece of work that begins with the stage of a turn; no expert if there is no more."""
     slot = turn % P.variant.slots
     mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
-    L: gl.constexpr = gl.BlockedLayout([4], [32], [gl.num_warps()], [0])
+    L: gl.constexpr = _work_layout(gl.num_warps())
     words = work.index(slot).load(L)
     i = gl.arange(0, 4, L)
     expert = gl.sum(gl.where(i == 0, words, 0), 0)
@@ -164,6 +170,14 @@ def find_row_tiles(zero_ptr, expert, row_tile, P: gl.constexpr):
 
 
 @gluon.jit
+def _empty_slot(empty, turn, P: gl.constexpr):
+    """The slot of a turn, as soon as nobody needs what is in it."""
+    slot = turn % P.variant.slots
+    mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
+    return slot
+
+
+@gluon.jit
 def _fill(
     w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
     expert, first, row_tile, steps, UNITS: gl.constexpr, P: gl.constexpr,
@@ -177,8 +191,7 @@ def _fill(
     STAGE: gl.constexpr = P.variant.stage
     BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * UNITS * UNIT)
     for step in range(steps):
-        slot = turn % P.variant.slots
-        mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
+        slot = _empty_slot(empty, turn, P)
         bar = full.index(slot)
         mbarrier.expect(bar, BYTES)
         for tile in gl.static_range(TILES):
@@ -213,7 +226,7 @@ def produce(arguments, P: gl.constexpr):
         w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, work, full, empty, tiles_ptr,
         count_ptr, max_tiles, steps,
     ) = arguments  # fmt: skip
-    NEXT: gl.constexpr = 1 if P.ordered else 2
+    COUNTER: gl.constexpr = 1 if P.ordered else 2
     UNIT: gl.constexpr = P.variant.unit
     MOST: gl.constexpr = P.most
     turn = 0
@@ -225,8 +238,7 @@ def produce(arguments, P: gl.constexpr):
         first = gl.load(tiles_ptr + max_tiles + tile)
         stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
         row_tile = index % P.row_blocks * P.variant.tiles
-        slot = turn % P.variant.slots
-        mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
+        slot = _empty_slot(empty, turn, P)
         _hand_over(work.index(slot), expert, first, stop, row_tile)
         units = (stop - first + UNIT - 1) // UNIT
         for n in gl.static_range(1, MOST + 1):
@@ -235,9 +247,8 @@ def produce(arguments, P: gl.constexpr):
                     w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
                     expert, first, row_tile, steps, n, P,
                 )  # fmt: skip
-        index = gl.num_programs(0) + gl.atomic_add(count_ptr + NEXT, 1, sem="relaxed")
-    slot = turn % P.variant.slots
-    mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
+        index = gl.num_programs(0) + gl.atomic_add(count_ptr + COUNTER, 1, sem="relaxed")
+    slot = _empty_slot(empty, turn, P)
     _hand_over(work.index(slot), -1, 0, 0, 0)
     mbarrier.arrive(full.index(slot))
 

@@ -20,24 +20,18 @@ from moelten.kernels.hopper_ring import find_row_tiles, take_scale, take_stage
 
 
 @gluon.jit
-def _multiply(acc, a, place, slot, group: gl.constexpr, P: gl.constexpr):
+def _multiply(acc, a, x, slot, group: gl.constexpr, P: gl.constexpr):
     """acc + a row tile's stage, or a group of it, @ x: in flight."""
     STAGE: gl.constexpr = P.variant.stage
     HALVES: gl.constexpr = 2 // P.groups
     OPERAND: gl.constexpr = P.operand
     for c in gl.static_range(STAGE):
-        at = place + (slot * STAGE + c) * (P.variant.block * 128)
+        at = x + (slot * STAGE + c) * (P.variant.block * 128)
         left = gl.split(a[c].reshape([64, 2, TOKENS]).permute((0, 2, 1)))
         for h in gl.static_range(group * HALVES, group * HALVES + HALVES):
             own = gl.convert_layout(left[h], SUMS, assert_trivial=True)
             acc = multiply(acc, own, at, h, OPERAND)
     return acc
-
-
-@gluon.jit
-def _wait(acc):
-    """Sums, complete."""
-    return warpgroup_mma_wait(0, deps=acc)
 
 
 @gluon.jit
@@ -89,10 +83,12 @@ def _put(items, index: gl.constexpr, item):
 
 @gluon.jit
 def warpgroup_sums(
-    words, scales, zeros, x, place, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
+    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
     steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, 16] of a warpgroup's row tiles, tile after tile, of so many times 16 tokens.
+
+    x: where the slots' activations begin (`hopper_products.find`)
 
     Row tiles take turns, group after group. While one multiplies, the one whose turn is next is
     decoded, and its sums are brought to its next scales.
@@ -118,7 +114,7 @@ def warpgroup_sums(
         more = step + 1 < steps
         a = (first,)
         for i in gl.static_range(TURNS):
-            now = _multiply(acc[i % TILES], a[i % TILES], place, slot, i // TILES, P)
+            now = _multiply(acc[i % TILES], a[i % TILES], x, slot, i // TILES, P)
             if i + 1 < TURNS:
                 if P.scaled:
                     scale = take_scale(
@@ -147,7 +143,7 @@ def warpgroup_sums(
                     words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P
                 )
                 turn = _end_block(turn)
-            acc = _put(acc, i % TILES, _wait(now))
+            acc = _put(acc, i % TILES, warpgroup_mma_wait(0, deps=now))
         mbarrier.arrive(empty.index(slot))
         turn += 1
     out = ()
