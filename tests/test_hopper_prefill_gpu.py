@@ -29,7 +29,7 @@ from moelten.routing import Routing
 
 pytestmark = pytest.mark.gpu
 # Of 7 experts with 2 slots per token: every width of a tile, whole blocks, and two of them.
-TOKENS = (1, 3, 40, 190, 260, 340, 420, 900)
+TOKENS = (1, 3, 40, 100, 190, 260, 300, 340, 420, 900)
 
 
 def only(monkeypatch, variant):
