@@ -117,9 +117,12 @@ def _sums(
 
 
 @gluon.jit
-def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
+def _multiply_piece(
+    arguments, turn, expert, first, stop, row_tile, group: gl.constexpr, P: gl.constexpr
+):
+    """A warpgroup's half of a piece of work, from `row_tile` on: sums, and what follows them."""
     (
-        words, scales, zeros, x, work, full, empty, steps, scale_ptr, zero_ptr,
+        full, empty, steps, words, scales, zeros, x, scale_ptr, zero_ptr,
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     ) = arguments  # fmt: skip
     EACH: gl.constexpr = P.variant.each
@@ -127,25 +130,49 @@ def _consume(arguments, group: gl.constexpr, P: gl.constexpr):
     LEAST: gl.constexpr = P.least
     MOST: gl.constexpr = P.most
     LAYOUT: gl.constexpr = WARP_SUMS if P.variant.by_warp else SUMS
+    units = gl.maximum((stop - first + UNIT - 1) // UNIT, LEAST)
+    acc = no_sums(EACH * MOST, UNIT, LAYOUT)
+    for n in gl.static_range(LEAST, MOST + 1):
+        if units == n:
+            acc, turn = _sums(
+                words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr,
+                expert, row_tile, steps, group, n, P,
+            )  # fmt: skip
+    first, expert = _opaque(first), _opaque(expert).to(gl.int64)
+    for t in gl.static_range(EACH):
+        _finish_tile(
+            acc[t * MOST : (t + 1) * MOST], row_scale_ptr, x_scale_ptr, bias_ptr,
+            table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile + t,
+            alpha, beta, limit, P,
+        )  # fmt: skip
+    return turn
+
+
+@gluon.jit
+def _pass(full, empty, turn, steps, P: gl.constexpr):
+    """Let a piece of work go by."""
+    for _ in range(steps):
+        slot = turn % P.variant.slots
+        mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
+        mbarrier.arrive(empty.index(slot))
+        turn += 1
+    return turn
+
+
+@gluon.jit
+def _consume(work, arguments, group: gl.constexpr, P: gl.constexpr):
+    full, empty, steps = arguments[:3]
+    EACH: gl.constexpr = P.variant.each
+    # Whether the last row tiles of a matrix leave nothing for the second warpgroup.
+    IDLE: gl.constexpr = group == 1 and P.uneven
     turn = 0
     expert, first, stop, row_tile = take_work(work, full, turn, P)
     while expert >= 0:
         row_tile += EACH * group
-        units = gl.maximum((stop - first + UNIT - 1) // UNIT, LEAST)
-        acc = no_sums(EACH * MOST, UNIT, LAYOUT)
-        for n in gl.static_range(LEAST, MOST + 1):
-            if units == n:
-                acc, turn = _sums(
-                    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr,
-                    expert, row_tile, steps, group, n, P,
-                )  # fmt: skip
-        first, expert = _opaque(first), _opaque(expert).to(gl.int64)
-        for t in gl.static_range(EACH):
-            _finish_tile(
-                acc[t * MOST : (t + 1) * MOST], row_scale_ptr, x_scale_ptr, bias_ptr,
-                table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile + t,
-                alpha, beta, limit, P,
-            )  # fmt: skip
+        if not IDLE or row_tile < P.row_tiles:
+            turn = _multiply_piece(arguments, turn, expert, first, stop, row_tile, group, P)
+        else:
+            turn = _pass(full, empty, turn, steps, P)
         expert, first, stop, row_tile = take_work(work, full, turn, P)
 
 
@@ -188,7 +215,7 @@ def prefill_kernel(
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     consumer = (
-        words, scales, zeros, there, work, full, empty, steps, scale_ptr, zero_ptr,
+        full, empty, steps, words, scales, zeros, there, scale_ptr, zero_ptr,
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     )  # fmt: skip
     producer = (
@@ -196,7 +223,11 @@ def prefill_kernel(
         count_ptr, max_tiles, steps,
     )  # fmt: skip
     gl.warp_specialize(
-        [(_consume, (consumer, 0, P)), (_consume, (consumer, 1, P)), (produce, (producer, P))],
+        [
+            (_consume, (work, consumer, 0, P)),
+            (_consume, (work, consumer, 1, P)),
+            (produce, (producer, P)),
+        ],
         [4, 1],
         _REGISTERS,
     )

@@ -99,6 +99,11 @@ class Problem:
         return 1 if self.variant.by_warp else 64 // self.variant.unit
 
     @property
+    def uneven(self) -> bool:
+        """Whether a matrix's last piece has nothing for the second warpgroup."""
+        return 0 < self.row_tiles % self.variant.tiles <= self.variant.each
+
+    @property
     def spread(self) -> bool:
         """Whether the halves of a quad of lanes have words of their own, as nvfp4's."""
         return self.weights.group == 16
@@ -170,11 +175,44 @@ def find_row_tiles(zero_ptr, expert, row_tile, P: gl.constexpr):
 
 
 @gluon.jit
-def _empty_slot(empty, turn, P: gl.constexpr):
-    """The slot of a turn, as soon as nobody needs what is in it."""
+def _wait_until_empty(empty, turn, P: gl.constexpr):
+    """Wait until nobody needs what is in the slot of a turn."""
     slot = turn % P.variant.slots
     mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
-    return slot
+
+
+@gluon.jit
+def _lanes():
+    """The lanes of the warp that fills the ring.
+
+    What it asks of memory ahead of time stays by lane until it is needed: numbers that all lanes
+    have become the warp's as soon as they are asked for, and so are waited for.
+    """
+    return gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+
+
+@gluon.jit
+def _of_lane(numbers, lane: gl.constexpr):
+    return gl.sum(gl.where(_lanes() == lane, numbers, 0), 0)
+
+
+@gluon.jit
+def _count(counter_ptr):
+    """How often a counter was counted up before; by one lane, so that nothing is shared out."""
+    lane = _lanes()
+    before = gl.atomic_add(counter_ptr + lane * 0, lane * 0 + 1, mask=lane == 0, sem="relaxed")
+    return _of_lane(before, 0)
+
+
+@gluon.jit
+def _look_up(tiles_ptr, max_tiles, index, P: gl.constexpr):
+    """Ask for the expert, first and stop position of a piece of work, one each for lanes 0 .. 2.
+
+    They are anything past the last piece.
+    """
+    part = gl.minimum(_lanes(), 2)
+    tile = gl.minimum(index // P.row_blocks, max_tiles - 1)
+    return gl.load(tiles_ptr + part * max_tiles + tile)
 
 
 @gluon.jit
@@ -182,7 +220,10 @@ def _fill(
     w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
     expert, first, row_tile, steps, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Bring one piece of work of so many units of tokens, stage after stage."""
+    """Bring one piece of work of so many units of tokens, stage after stage.
+
+    The slot of `turn` is empty, before as after.
+    """
     UNIT: gl.constexpr = P.variant.unit
     W_ROWS: gl.constexpr = w_desc.block_shape[0]
     S_ROWS: gl.constexpr = 0 if s_desc is None else s_desc.block_shape[0]
@@ -191,7 +232,7 @@ def _fill(
     STAGE: gl.constexpr = P.variant.stage
     BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * UNITS * UNIT)
     for step in range(steps):
-        slot = _empty_slot(empty, turn, P)
+        slot = turn % P.variant.slots
         bar = full.index(slot)
         mbarrier.expect(bar, BYTES)
         for tile in gl.static_range(TILES):
@@ -212,6 +253,7 @@ def _fill(
                 at = [first + unit * UNIT, (step * STAGE + c) * 64]
                 _bring(x_desc, at, bar, tokens)
         turn += 1
+        _wait_until_empty(empty, turn, P)
     return turn
 
 
@@ -219,27 +261,29 @@ def _fill(
 def produce(arguments, P: gl.constexpr):
     """Fill the ring while there are pieces of work.
 
-    Pieces differ in size, so programs do not have shares of them: each takes the next one when it
-    has room for it. A counter says which is next, after those that programs begin with.
+    Where products are the limit, pieces take as long as their tokens: each program takes the next
+    one, by a counter, when it has room for it. Where memory is, pieces take turns, as on H200 all
+    are read 5 % sooner than by the counter; and what is next is looked up a piece ahead.
     """
     (
         w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, work, full, empty, tiles_ptr,
         count_ptr, max_tiles, steps,
     ) = arguments  # fmt: skip
+    TURNS: gl.constexpr = P.variant.by_warp
     COUNTER: gl.constexpr = 1 if P.ordered else 2
     UNIT: gl.constexpr = P.variant.unit
     MOST: gl.constexpr = P.most
     turn = 0
-    count = gl.load(count_ptr) * P.row_blocks
     index = gl.program_id(0)
+    piece = _look_up(tiles_ptr, max_tiles, index, P)
+    count = gl.load(count_ptr) * P.row_blocks
     while index < count:
-        tile = index // P.row_blocks
-        expert = gl.load(tiles_ptr + tile)
-        first = gl.load(tiles_ptr + max_tiles + tile)
-        stop = gl.load(tiles_ptr + 2 * max_tiles + tile)
+        expert, first, stop = _of_lane(piece, 0), _of_lane(piece, 1), _of_lane(piece, 2)
         row_tile = index % P.row_blocks * P.variant.tiles
-        slot = _empty_slot(empty, turn, P)
-        _hand_over(work.index(slot), expert, first, stop, row_tile)
+        if TURNS:
+            index += gl.num_programs(0)
+            piece = _look_up(tiles_ptr, max_tiles, index, P)
+        _hand_over(work.index(turn % P.variant.slots), expert, first, stop, row_tile)
         units = (stop - first + UNIT - 1) // UNIT
         for n in gl.static_range(1, MOST + 1):
             if units == n:
@@ -247,8 +291,11 @@ def produce(arguments, P: gl.constexpr):
                     w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
                     expert, first, row_tile, steps, n, P,
                 )  # fmt: skip
-        index = gl.num_programs(0) + gl.atomic_add(count_ptr + COUNTER, 1, sem="relaxed")
-    slot = _empty_slot(empty, turn, P)
+        if not TURNS:
+            # Programs begin with a piece each, which nobody counted.
+            index = gl.num_programs(0) + _count(count_ptr + COUNTER)
+            piece = _look_up(tiles_ptr, max_tiles, index, P)
+    slot = turn % P.variant.slots
     _hand_over(work.index(slot), -1, 0, 0, 0)
     mbarrier.arrive(full.index(slot))
 
