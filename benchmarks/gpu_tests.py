@@ -2,14 +2,16 @@
 
 Needs a GPU and a plain pytest. COMMIT in the environment names the commit of a copy of the tree.
 Every file with tests marked `gpu`, and the suites of the Triton kernels, which choose the GPU by
-themselves, run side by side, a few tests per process: compiling is what takes the time. What does
-not run is named: a file that cannot be imported (an extra is missing) is a failure, skipped tests
-come with their reason. The report is rewritten after each process, so a run that is cut short
-loses nothing. At the end compute-sanitizer looks at a sample, where the machine allows it.
+themselves, run side by side, a few tests per process, processes in turn on all GPUs: compiling is
+what takes the time. What does not run is named: a file that cannot be imported (an extra is
+missing) is a failure, skipped tests come with their reason. The report is rewritten after each
+process, so a run that is cut short loses nothing. Meanwhile compute-sanitizer looks at a sample,
+where the machine allows it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -52,29 +54,41 @@ def commit() -> str:
     return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def pytest(arguments: list[str], threads: int = 1) -> str:
+def gpus() -> list[str]:
+    """Names of the GPUs that processes may see."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(max(torch.cuda.device_count(), 1))]
+
+
+def pytest(arguments: list[str], threads: int = 1, **environment: str) -> str:
     """What a run of pytest prints; it goes on after files that cannot be imported."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q"]
     command += ["--continue-on-collection-errors", *arguments]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)} | environment
     done = subprocess.run(command, check=False, cwd=ROOT, env=env, stdout=-1, text=True)
     return done.stdout
 
 
 def shares(arguments: list[str]) -> list[list[str]]:
-    """The tests that pytest would run, a few per list; the arguments where it finds none."""
+    """The tests that pytest would run, a few per list; the arguments where it finds none.
+
+    Neighbours, which take as long as each other, are dealt out.
+    """
     printed = pytest(["--collect-only", *arguments])
     names = [line for line in printed.splitlines() if re.match(r"[\w/.]+\.py::", line)]
     share = _SHARE if "not gpu" in arguments else _LONG_SHARE
-    return [names[i : i + share] for i in range(0, len(names), share)] or [arguments]
+    count = -(-len(names) // share)
+    return [names[i::count] for i in range(count)] or [arguments]
 
 
-def run(arguments: list[str], workers: int = 1) -> dict[str, Any]:
+def run(arguments: list[str], workers: int = 1, gpu: str = "0") -> dict[str, Any]:
     """One pytest run: its counts, and the names of what failed, was skipped or not imported."""
     threads = max((os.cpu_count() or 1) // workers, 1)
     with TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        printed = pytest([f"--junitxml={report}", *arguments], threads)
+        printed = pytest([f"--junitxml={report}", *arguments], threads, CUDA_VISIBLE_DEVICES=gpu)
         print(printed, flush=True)
         if not report.exists():
             return EMPTY | {"failed": [f"pytest wrote no report: {arguments}"]}
@@ -159,10 +173,11 @@ def main(target: Path) -> int:
     work = jobs()
     files = [[Path(a).name for a in arguments] for arguments in work]
     runs = [dict(EMPTY) for _ in work]
+    turns = itertools.cycle(gpus())
     with ThreadPoolExecutor(WORKERS) as pool:
         sample = pool.submit(memcheck)
         pending = {
-            pool.submit(run, share, WORKERS): index
+            pool.submit(run, share, WORKERS, next(turns)): index
             for index, parts in enumerate(pool.map(shares, work))
             for share in parts
         }
