@@ -27,7 +27,10 @@ from moelten.routing import Routing
 SAMPLE = {
     "triton": (("mxfp4_bf16", "int4g128_int8", "fp8block_fp8", "nvfp4_nvfp4"), (3, 40)),
     "hopper": (
-        ("mxfp4_bf16", "int4g32_bf16", "nvfp4_bf16", "fp8block_bf16", "int4g128_fp8"),
+        (
+            *("mxfp4_bf16", "int4g32_bf16", "nvfp4_bf16", "fp8block_bf16", "int4g128_fp8"),
+            "fp8block_fp8",
+        ),
         (1, 20, 300),
     ),
 }

@@ -13,11 +13,26 @@ from ties import assert_matches_but_for_ties
 
 import moelten
 from moelten import GPT_OSS, SwiGLU, reference
-from moelten.formats import BF16, FP8_ROW, FP16, INT8_ROW, Int4, Scheme, scheme
+from moelten.formats import (
+    BF16,
+    FP8_GROUP,
+    FP8_ROW,
+    FP16,
+    INT8_GROUP,
+    INT8_ROW,
+    Int4,
+    Scheme,
+    scheme,
+)
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
 
-SCHEMES = {
+GROUPED = {
+    name: s
+    for name, s in ALL_SCHEMES.items()
+    if s.activations in (FP8_GROUP, INT8_GROUP) and s.weights.block[1] == 128
+}
+SCHEMES = GROUPED | {
     name: s for name, s in ALL_SCHEMES.items() if s.activations in (BF16, FP16, FP8_ROW, INT8_ROW)
 }
 SHAPES = {
@@ -31,6 +46,7 @@ SHAPES = {
         SwiGLU(),
         False,
     ),
+    "deepseek-v3 fp8": (scheme("fp8block_fp8"), 24, 7168, 2048, 8, SwiGLU(), False),
     "kimi-k2": (scheme("int4g32_bf16"), 24, 7168, 2048, 8, SwiGLU(), False),
     "mixtral": (Scheme(Int4(128), BF16), 4, 4096, 14336, 2, SwiGLU(), False),
 }

@@ -38,9 +38,14 @@ def test_accepts_sixteen_bit_activations(hopper_gpu):
     assert HopperBackend("fp16").refusals(spec(Scheme(FP16, FP16)), CUDA) == []
 
 
-def test_accepts_eight_bit_activations_with_a_scale_per_token(hopper_gpu):
-    """Whose codes bf16 holds, so that one packed layout serves both."""
-    for name in ("int4g128_fp8", "mxfp4_int8", "fp8_fp8", "int8_int8", "nvfp4_fp8"):
+def test_accepts_eight_bit_activations(hopper_gpu):
+    """Whose codes bf16 holds, so that one packed layout serves both.
+
+    With a scale per token; or for every 128 columns, where weights have as many scales.
+    """
+    rows = ("int4g128_fp8", "mxfp4_int8", "fp8_fp8", "int8_int8", "nvfp4_fp8")
+    groups = ("fp8block_fp8", "int8block_int8", "fp8g128_fp8g128", "int4g128z_fp8g128")
+    for name in rows + groups:
         assert HopperBackend().refusals(spec(scheme(name)), CUDA) == []
         assert "takes fp16" in HopperBackend("fp16").refusals(spec(scheme(name)), CUDA)[0]
 

@@ -54,14 +54,14 @@ CASES: dict[str, tuple[Format, str, float]] = {
 }
 
 
-def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int):
+def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int, grouped=False):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, router weights) as `grouped_gemm` calls it."""
     stored = storage(fmt, operand)
-    variant = make_variant(stored, block, 256, 64, 64, columns, may_split=False)
+    variant = make_variant(stored, block, 256, 64, 64, columns, may_split=False, grouped=grouped)
     scale = scale_name(fmt, stored)
     types = shared_types(stored, operand, halves) | {
         "x_ptr": "*u32",
-        "x_scale_ptr": None,
+        "x_scale_ptr": "*fp32" if grouped else None,
         "w_ptr": "*u32",
         "scale_ptr": "*u32" if scale else None,
         "zero_ptr": "*u32" if stored.zeros else None,
@@ -79,12 +79,21 @@ def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int):
         "OPERAND": OPERANDS[operand],
         "ACTIVATION": "swiglu" if halves == 2 else "none",
         "LIMITED": False,
+        "X_GROUPS": -(-columns // 128) if grouped else 1,
         "BLOCK": block,
         "WARPS": variant.warps,
         "FIRST": halves == 2,
     }
     options = {"num_warps": variant.warps, "maxnreg": variant.registers}
     return compile_kernel(decode_kernel, types, values, **options)
+
+
+@pytest.mark.parametrize("block", [8, 16])
+@pytest.mark.parametrize("name", ["fp8block", "int4g128"])
+def test_nothing_spills_with_scales_of_groups_of_activations(name, block):
+    fmt, operand, _ = CASES[name]
+    kernel = compiled(fmt, operand, block, 2, 4096, grouped=True)
+    assert stack_bytes(kernel.asm["cubin"]) == 0
 
 
 @pytest.mark.parametrize("block", [8, 16])

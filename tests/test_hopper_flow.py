@@ -34,6 +34,23 @@ def in_order(rows: torch.Tensor, columns: int) -> torch.Tensor:
     return rows[:, :columns]
 
 
+def by_column(scale: torch.Tensor, columns: int) -> torch.Tensor:
+    """Scales of rows [R, groups] for each of the columns."""
+    if scale.shape[1] == 1:
+        return scale.double()
+    return scale.double().repeat_interleave(128, 1)[:, :columns]
+
+
+def scales_of(x) -> torch.Tensor:
+    """Scales [groups, positions] from what `hopper_plan.order_scales` wrote."""
+    found = x.scale[..., 0].double()
+    if x.global_scale is None:
+        return found
+    # Units of units, from the last one back.
+    back = found[1:].flip(0).cumprod(0).flip(0)
+    return torch.cat([back, torch.ones_like(found[:1])]) * x.global_scale
+
+
 class Gemms:
     """`hopper_gemm.grouped_gemm` and `prefill_gemm`, by their promises, for layers of weights."""
 
@@ -68,7 +85,7 @@ class Gemms:
                 source = pair // rows_per_source
                 row = data[source * columns :][: matrix.columns].double()
                 if x.scale is not None:
-                    row = row * x.scale[source]
+                    row = row * by_column(x.scale[source, None], matrix.columns)[0]
                 y = self.layer(matrix, row[None], expert, epilogue)[0]
                 if epilogue.router is not None:
                     y = y * epilogue.router.flatten()[pair]
@@ -79,7 +96,9 @@ class Gemms:
         self.calls.append("many")
         for expert, start, stop in self.tiles(plan):
             rows = in_order(x.data[start:stop], matrix.columns).double()
-            if x.scale is not None:
+            if variant.grouped:
+                rows = rows * by_column(scales_of(x).T[start:stop], matrix.columns)
+            elif x.scale is not None:
                 rows = rows * x.scale[start:stop].view(-1, 1)
             y = self.layer(matrix, rows, expert, epilogue).to(out.dtype)
             out[start:stop] = reordered(y) if ordered else y
@@ -108,11 +127,18 @@ def run(monkeypatch, weights, x, routing) -> tuple[torch.Tensor, list[str]]:
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("tokens", [9, 40, 70])
 @pytest.mark.parametrize(
-    "name", ["mxfp4_bf16", "int4g32_bf16", "int4_fp8", "int4g32_fp8", "int8_int8", "fp8_fp16"]
+    "name",
+    [
+        *("mxfp4_bf16", "int4g32_bf16", "int4_fp8", "int4g32_fp8", "int8_int8", "fp8_fp16"),
+        *("fp8block_fp8", "int4g128_fp8g128"),
+    ],
 )
 def test_layers(monkeypatch, no_overlap, name, tokens, on_input):
     """Whole groups of columns, or sizes that are padded to 8 by one kernel and to 32 by another."""
     sizes = (192, 96) if "g32" in name or name == "mxfp4_bf16" else (200, 88)
+    if scheme(name).activations.block[1] == 128:
+        # Several groups of activations, the last one not whole where weights let it.
+        sizes = (384, 256) if name.startswith("int4") else (328, 168)
     case = Case(scheme(name), 4, *sizes, tokens, top_k=2, biases=True)
     weights, (x, routing) = make_weights(case), make_input(case)
     pre_scale = torch.rand(4, sizes[1], generator=torch.Generator().manual_seed(1)) + 0.5

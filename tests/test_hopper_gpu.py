@@ -115,7 +115,7 @@ def test_every_exponent():
         check(w, *make_input(case))
 
 
-@pytest.mark.parametrize("name", ["int4g64_bf16", "int4g64_fp8"])
+@pytest.mark.parametrize("name", ["int4g64_bf16", "int4g64_fp8", "fp8block_fp8"])
 def test_router_weight_on_the_input_and_pre_scales(name):
     check_router_weights(Case(scheme(name)))
 
@@ -167,7 +167,7 @@ EVERY = {
 
 
 # Codes of 8 bits take the same kernels, with a scale of each row beside.
-QUANTIZED = ("int4g128_fp8", "mxfp4_int8", "fp8_fp8", "int8_int8")
+QUANTIZED = ("int4g128_fp8", "mxfp4_int8", "fp8_fp8", "int8_int8", "fp8block_fp8")
 NUMBERED = [n for n, s in SCHEMES.items() if isinstance(s.activations, Float) or n in QUANTIZED]
 
 
@@ -247,7 +247,7 @@ def test_offsets_past_2_to_31():
 
 
 def test_hopper_is_what_runs_by_default():
-    for name in ("mxfp4_bf16", "fp16_fp16", "int4g128_fp8", "int8_int8"):
+    for name in ("mxfp4_bf16", "fp16_fp16", "int4g128_fp8", "int8_int8", "fp8block_fp8"):
         which = scheme(name)
         weights = make_layer(which, 2, 128, 128, SwiGLU(), False)
         assert moelten.pack(weights).layout.name == backend(which)

@@ -165,6 +165,35 @@ def test_gather_normalized(columns, slots):
     assert (scale[len(pairs) :] == -5).all()
 
 
+@pytest.mark.parametrize("by_pair", [False, True])
+@pytest.mark.parametrize("rows, groups, slots", [(1, 1, 1), (9, 23, 3), (70, 56, 2)])
+def test_order_scales(rows, groups, slots, by_pair):
+    """Scales by position; each in units of the next, which brings the first back from the last."""
+    g = torch.Generator().manual_seed(rows)
+    scale = torch.exp2(torch.randn(rows, groups, generator=g) * 4)
+    count = rows * slots if by_pair else rows
+    pairs = torch.randperm(count, generator=g)
+    of = pairs // slots if by_pair else torch.arange(rows)
+    how = (pairs.int().to(DEVICE), slots) if by_pair else ()
+    plain, units = (torch.full((groups, count, 4), -5.0, device=DEVICE) for _ in range(2))
+    last = torch.full((count,), -5.0, device=DEVICE)
+    hopper_plan.order_scales(scale.to(DEVICE), triton_ops.Rows(scale, plain), *how)
+    assert torch.equal(plain[..., 0].cpu(), scale[of].T)
+    hopper_plan.order_scales(scale.to(DEVICE), triton_ops.Rows(scale, units, last), *how)
+    before = torch.cat([scale[:, :1], scale[:, :-1]], 1)
+    assert torch.equal(units[..., 0].cpu(), (before / scale)[of].T)
+    assert torch.equal(last.cpu(), scale[of, -1])
+
+
+def test_units_of_sums_do_not_fall_too_far():
+    """Sums of fp32 in a unit of 2**-36 of the largest are finite."""
+    scale = torch.tensor([[2.0**30, 2.0**-60, 1.0, 2.0**-5]])
+    units, last = torch.empty(4, 1, 4, device=DEVICE), torch.empty(1, device=DEVICE)
+    hopper_plan.order_scales(scale.to(DEVICE), triton_ops.Rows(scale, units, last))
+    assert units[:, 0, 0].tolist() == [1, 2.0**36, 2.0**-6, 2.0**5]
+    assert last.item() == 2.0**-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_combine_by_position(dtype):
     """Slots in order, splits within them, each times its weight; nothing where there is no row."""

@@ -34,6 +34,7 @@ from moelten.kernels.hopper_schedule import (
     type_name,
     warp_variant,
     wide_variant,
+    with_groups,
 )
 from moelten.kernels.launches import _DESCRIPTOR, _NUMBERS, _SCRATCH, _is_plain, _kinds
 
@@ -54,25 +55,29 @@ CASES: dict[str, tuple[Format, str]] = {
 SCARCE = ("nvfp4", "int4g128z", "int4g32", "int4g128", "int8")
 
 
-def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
+def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, grouped=False):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, scales of rows) as `prefill_gemm` calls it."""
     given = storage(fmt, operand)
     stored = given.folded or given
     kind, scale = stored.code.operand, scale_name(fmt, stored)
     variant = choose(stored, scale)
+    if grouped:
+        variant = with_groups(variant, scale)
     chunk, scales, zeros = box_rows(stored, scale)
 
-    def boxes(rows: int) -> str | None:
-        return f"tensordesc<i32[{rows},32],{_PLAIN!r}>" if rows else None
+    def boxes(rows: int, width: int = 32) -> str | None:
+        return f"tensordesc<i32[{rows},{width}],{_PLAIN!r}>" if rows else None
 
+    x_scaled = halves == 1 or kind != operand or grouped
     types = shared_types(stored, operand, halves) | {
         "w_desc": f"tensordesc<i32[{variant.stage * chunk},32],{_WORDS!r}>",
-        "s_desc": boxes(scales),
+        "s_desc": boxes(scales) if stored.scale != "block" else boxes(8, 4),
         "z_desc": boxes(zeros),
         "x_desc": f"tensordesc<{kind}[{variant.unit},64],{_TOKENS!r}>",
-        "x_scale_ptr": "*fp32" if halves == 1 or kind != operand else None,
-        "scale_ptr": "*u32" if stored.scale == "block" else None,
+        "u_desc": f"tensordesc<fp32[{variant.block},4],{_PLAIN!r}>" if grouped else None,
+        "x_scale_ptr": "*fp32" if x_scaled else None,
         "zero_ptr": "*u32" if stored.zeros and not stored.group else None,
+        "positions": "i32",
         "steps": "i32",
     }
     activation = "swiglu" if halves == 2 else "none"
@@ -80,17 +85,21 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant):
     return compile_kernel(prefill_kernel, types, {"P": problem}, num_warps=4)
 
 
+GROUPED = ("fp8block", "int4g128")
+
+
 # GEMM1 of every kind of codes; GEMM2, which differs in its epilogue, where registers are scarcest.
 @pytest.mark.parametrize(
-    "name, halves, choose",
+    "name, halves, choose, grouped",
     [
-        *((name, 2, wide_variant) for name in CASES if name != "int4g128"),
-        *((name, 1, wide_variant) for name in SCARCE),
-        *((name, 2, narrow_variant) for name in ("mxfp4", "nvfp4", "int4g32")),
+        *((name, 2, wide_variant, False) for name in CASES if name != "int4g128"),
+        *((name, 1, wide_variant, False) for name in SCARCE),
+        *((name, 2, narrow_variant, False) for name in ("mxfp4", "nvfp4", "int4g32")),
+        *((name, halves, wide_variant, True) for name in GROUPED for halves in (2, 1)),
     ],
 )
-def test_machine_code(name, halves, choose):
-    kernel = compiled(*CASES[name], halves, choose)
+def test_machine_code(name, halves, choose, grouped):
+    kernel = compiled(*CASES[name], halves, choose, grouped)
     assert kernel.metadata.shared <= 227 << 10
     assert "setmaxnreg" in kernel.asm["ptx"]
     listing = listing_of(kernel.asm["cubin"])
@@ -112,10 +121,16 @@ def test_machine_code(name, halves, choose):
     assert widths == [{n} for n in range(64, most + 1, 16)] * 2
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "int4g128", "int4g32z", "fp8block", "bf16"])
-def test_machine_code_of_warps(name):
+@pytest.mark.parametrize(
+    "name, grouped",
+    [
+        *((name, False) for name in ("mxfp4", "int4g128", "int4g32z", "fp8block", "bf16")),
+        *((name, True) for name in GROUPED),
+    ],
+)
+def test_machine_code_of_warps(name, grouped):
     """Little but decoding and products, of which every 8 tokens have their own."""
-    kernel = compiled(*CASES[name], 2, warp_variant)
+    kernel = compiled(*CASES[name], 2, warp_variant, grouped)
     assert kernel.metadata.shared <= 227 << 10
     listing = listing_of(kernel.asm["cubin"])
     bodies = [operations(listing[loop]) for loop in innermost(loops(listing, "HMMA"))]

@@ -123,7 +123,7 @@ def test_bad_ids_duplicates_and_one_expert(always_wide):
         assert not out[(ids < 0).all(1)].any()
 
 
-@pytest.mark.parametrize("name", ["int4g64_bf16", "int4g64_fp8", "int4g32_fp8"])
+@pytest.mark.parametrize("name", ["int4g64_bf16", "int4g64_fp8", "int4g32_fp8", "fp8block_fp8"])
 def test_router_weight_on_the_input_and_pre_scales(always_wide, name):
     check_router_weights(Case(scheme(name), tokens=150))
 
@@ -150,6 +150,27 @@ def test_scales_that_differ_or_vanish(always_wide, fmt):
         )
         for tokens in (7, 200):
             check(changed, *make_input(replace(case, tokens=tokens)))
+
+
+@pytest.mark.parametrize("kind", ["decode", "warps", "wide"])
+@pytest.mark.parametrize("name", ["fp8block_fp8", "int8block_int8", "int4g128_fp8g128"])
+def test_scales_of_activations_that_differ(request, name, kind):
+    """A token's scales from group to group: by 2**60 both ways, over zeros; half a last group."""
+    if kind != "decode":
+        request.getfixturevalue(f"always_{kind}")
+    ragged = 0 if name.startswith("int4") else 64
+    sizes = {"hidden_size": 640 + ragged, "intermediate_size": 384 + ragged}
+    case = Case(scheme(name), num_experts=3, **sizes)
+    weights = make_weights(case)
+    # Hidden elements differ as much: rows of up, in groups of columns of w2.
+    g = torch.Generator().manual_seed(6)
+    for tokens in (7, 60, 200) if kind == "wide" else (7, 20):
+        x, routing = make_input(replace(case, tokens=tokens))
+        groups = -(-x.shape[1] // 128)
+        exponent = torch.randint(-30, 31, (tokens, groups), generator=g).float()
+        alive = torch.rand(tokens, groups, generator=g) > 0.2
+        factor = (torch.exp2(exponent) * alive).repeat_interleave(128, 1)[:, : x.shape[1]]
+        check(weights, (x.float() * factor).to(x.dtype), routing)
 
 
 @pytest.mark.parametrize("name", SHAPES)

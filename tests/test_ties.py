@@ -11,7 +11,7 @@ from ties import assert_matches_but_for_ties
 from moelten import reference
 
 
-@pytest.mark.parametrize("name", ["int4g32_fp8", "int8_int8", "fp8tensor_fp8"])
+@pytest.mark.parametrize("name", ["int4g32_fp8", "int8_int8", "fp8tensor_fp8", "fp8block_fp8"])
 def test_a_flip_is_right_where_a_value_lies_between_two_codes(monkeypatch, name):
     case = Case(ALL_SCHEMES[name], num_experts=3, hidden_size=512, tokens=20, top_k=2)
     weights, (x, routing) = make_weights(case), make_input(case)

@@ -16,7 +16,7 @@ from metrics import BOUNDS, assert_matches, errors
 from torch import Tensor
 
 from moelten import reference
-from moelten.formats import Float
+from moelten.formats import Float, Format
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
 
@@ -53,20 +53,28 @@ def _flips(x: Tensor, weights: ExpertWeights, routing: Routing):
                 yield reference.moe(x, weights, alone) - without
 
 
+def _largest(rows: Tensor, group: int) -> Tensor:
+    """Where a group of columns has its largest element, which its scale follows."""
+    magnitudes = torch.nn.functional.pad(rows.abs(), (0, -rows.shape[1] % group))
+    groups = magnitudes.view(len(rows), -1, group)
+    largest = groups == groups.amax(2, keepdim=True)
+    return largest.view(magnitudes.shape)[:, : rows.shape[1]]
+
+
 class _Flipping:
     """`round_activations`, but every second call, of hidden rows, flips their `which`-th tie."""
 
     def __init__(self, which: int) -> None:
         self.which, self.hidden, self.round = which, True, reference.round_activations
 
-    def __call__(self, rows: Tensor, *how) -> Tensor:
+    def __call__(self, rows: Tensor, fmt: Format, *how) -> Tensor:
         self.hidden = not self.hidden
-        codes = self.round(rows, *how)
+        codes = self.round(rows, fmt, *how)
         if not self.hidden:
             return codes
-        largest = rows.abs() == rows.abs().amax(1, keepdim=True)
+        largest = _largest(rows, fmt.block[1] or rows.shape[1])
         up, down = (
-            self.round(torch.where(largest, rows, rows * factor), *how)
+            self.round(torch.where(largest, rows, rows * factor), fmt, *how)
             for factor in (1 + NEAR, 1 - NEAR)
         )
         other = torch.where(up == codes, down, up)

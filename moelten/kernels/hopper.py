@@ -2,7 +2,9 @@
 
 Few tokens per expert take four launches: plan, GEMM1 with activation, GEMM2 with router weights,
 sum over slots, each started while the one before drains. Many take other GEMMs, from the same
-packed weights: plan (two launches beyond 8192 pairs), gather, GEMM1, GEMM2, sum. Grids follow from
+packed weights: plan (two launches beyond 8192 pairs), gather, GEMM1, GEMM2, sum. Activations of 8
+bits are quantized before each GEMM; of their scales, those of groups of columns come by position
+for many tokens (`hopper_plan.order_scales`), and by row for few. Grids follow from
 T and k alone: nothing waits for the device, so a CUDA graph captures it. The two operand types
 place bits differently: two layouts, two backends. Triton is imported when a layer runs.
 """
@@ -18,7 +20,15 @@ import torch
 from torch import Tensor
 
 from moelten.errors import FormatError, UnsupportedError
-from moelten.formats import FP8_ROW, INT8_ROW, Float
+from moelten.formats import (
+    FP8_GROUP,
+    FP8_ROW,
+    INT8_GROUP,
+    INT8_ROW,
+    Float,
+    Format,
+    Scheme,
+)
 from moelten.kernels.arena import ArenaBackend, Take
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_layout import HopperLayout
@@ -29,6 +39,7 @@ from moelten.kernels.hopper_schedule import (
     make_variant,
     split_rows,
     type_name,
+    with_groups,
 )
 from moelten.kernels.triton import activation_arguments
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
@@ -75,10 +86,14 @@ class HopperBackend(ArenaBackend):
         if isinstance(activations, Float):
             if activations.name != self.operand:
                 reasons.append(f"takes {self.operand} activations, not {activations.name}")
-        elif self.operand != "bf16" or activations not in (FP8_ROW, INT8_ROW):
+        elif self.operand != "bf16" or not _takes(spec.scheme):
+            more = (
+                ", and 8-bit ones with a scale per token or, beside weights with scales for as many"
+                " columns, for every 128 of them,"
+            )
             reasons.append(
                 f"takes {self.operand} activations"
-                + (", and 8-bit ones with a scale per token," if self.operand == "bf16" else "")
+                + (more if self.operand == "bf16" else "")
                 + f" not {activations.name}"
             )
         try:
@@ -104,6 +119,9 @@ class HopperBackend(ArenaBackend):
         own = fmt.data_dtype if plain else torch.bfloat16  # which holds every code of 8 bits
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         variant = choose_wide(stored, scale_type, pairs, experts, (hidden_size, inter))
+        grouped = _grouped(fmt)
+        if variant and grouped:
+            variant = with_groups(variant, scale_type)
         block = variant.block if variant else block_of(pairs, experts)
         unit = variant.unit if variant else block
         dtype = _DTYPES[variant.weights.code.operand] if variant else own
@@ -118,15 +136,20 @@ class HopperBackend(ArenaBackend):
         # Codes of 8 bits, or bf16 rows for operands of fp16: those times a power of two each.
         scaled = not plain or dtype != own
         place = hidden[0].view(dtype) if plain else take(dtype, pairs, width)
-        rows = Rows(place, take(torch.float32, pairs, 1) if scaled else None)
+        groups = -(-inter // 128) if grouped else 1
+        rows = Rows(place, take(torch.float32, pairs, groups) if scaled else None)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
-            scales = take(torch.float32, pairs, 1) if scaled else None
-            first = slots.view(dtype)[: pairs * width].view(pairs, width)
-            wide = _Wide(variant, Rows(first, scales))
+            first, second = Rows(slots.view(dtype)[: pairs * width].view(pairs, width)), rows
+            if variant.grouped:
+                first = _by_position(take, first.data, -(-hidden_size // 128), variant)
+                second = _by_position(take, place, groups, variant)
+            elif scaled:
+                first = Rows(first.data, take(torch.float32, pairs, 1))
+            wide = _Wide(variant, first, second)
         return _Stages(plan, inputs, hidden, rows, slots, wide)
 
     def run_chunk(
@@ -178,8 +201,9 @@ def _few(
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden
     sizes = (w13.stored, plan.block, pairs, experts.spec.num_experts)
-    v13 = make_variant(*sizes, w13.row_tiles, w13.columns, may_split=False)
-    v2 = make_variant(*sizes, w2.row_tiles, w2.columns, may_split=True)
+    grouped = _grouped(experts.spec.scheme.activations)
+    v13 = make_variant(*sizes, w13.row_tiles, w13.columns, may_split=False, grouped=grouped)
+    v2 = make_variant(*sizes, w2.row_tiles, w2.columns, may_split=True, grouped=grouped)
     grouped_gemm(
         rows, w13, plan, hidden, v13, first=True, rows_per_source=rows_per_source, epilogue=first
     )
@@ -203,16 +227,26 @@ def _many(
 ) -> Tensor:
     """Both GEMMs for many tokens per expert: the slots [1, P, H]."""
     from moelten.kernels.hopper_gemm import matrices, prefill_gemm
-    from moelten.kernels.hopper_plan import gather
+    from moelten.kernels.hopper_plan import gather, order_scales
+    from moelten.kernels.triton_ops import Rows
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
+    variant, grouped = wide.variant, wide.variant.grouped
     assert plan.inverse is not None
-    gather(rows, rows_per_source, plan.inverse, wide.rows)
-    prefill_gemm(wide.rows, w13, plan, hidden, wide.variant, ordered=True, epilogue=first)
+    if grouped:
+        assert rows.scale is not None
+        gather(Rows(rows.data), rows_per_source, plan.inverse, Rows(wide.first.data))
+        order_scales(rows.scale, wide.first, plan.pairs, rows_per_source)
+    else:
+        gather(rows, rows_per_source, plan.inverse, wide.first)
+    prefill_gemm(wide.first, w13, plan, hidden, variant, ordered=True, epilogue=first)
     rows = _requantize(hidden, experts, stages.rows)
+    if grouped:
+        assert rows.scale is not None
+        order_scales(rows.scale, wide.second)
     pairs = len(hidden)
     slots = stages.slots[: pairs * w2.rows].view(pairs, w2.rows)
-    prefill_gemm(rows, w2, plan, slots, wide.variant, ordered=False, epilogue=second)
+    prefill_gemm(wide.second, w2, plan, slots, variant, ordered=False, epilogue=second)
     return slots[None]
 
 
@@ -234,11 +268,21 @@ def _requantize(hidden: Tensor, experts: PackedExperts, rows: Rows) -> Rows:
 class _Wide:
     """What many tokens per expert need.
 
-    rows: [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
+    first:  [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
+    second: those of GEMM2, where `_Stages.rows` are; but scales of groups are in another order
     """
 
     variant: WideVariant
-    rows: Rows
+    first: Rows
+    second: Rows
+
+
+def _by_position(take: Take, data: Tensor, groups: int, variant: WideVariant) -> Rows:
+    """Rows with room for what `hopper_plan.order_scales` writes."""
+    from moelten.kernels.triton_ops import Rows
+
+    last = None if variant.by_warp else take(torch.float32, len(data))
+    return Rows(data, take(torch.float32, groups, len(data), 4), last)
 
 
 @dataclass(frozen=True)
@@ -258,6 +302,18 @@ class _Stages:
     rows: Rows
     slots: Tensor
     wide: _Wide | None
+
+
+def _grouped(activations: Format) -> bool:
+    """Whether activations have a scale for every 128 columns."""
+    return activations in (FP8_GROUP, INT8_GROUP)
+
+
+def _takes(scheme: Scheme) -> bool:
+    """Whether kernels have the scales of activations of 8 bits."""
+    if _grouped(scheme.activations):
+        return scheme.weights.block[1] == 128
+    return scheme.activations in (FP8_ROW, INT8_ROW)
 
 
 def _row_tiles(rows: int) -> int:

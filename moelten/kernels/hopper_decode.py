@@ -36,10 +36,10 @@ _RUNTIME = ("max_tiles", "splits", "per_split", "split_stride", "alpha", "beta",
 
 @gluon.jit
 def _sums(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, first_pair, stop_pair, pairs_ptr, matrix, split, per_split,
-    rows_per_source,
+    x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, first_pair, stop_pair, pairs_ptr, matrix, split,
+    per_split, rows_per_source,
     K: gl.constexpr, W: gl.constexpr, SCALE: gl.constexpr, OPERAND: gl.constexpr,
-    TOKENS: gl.constexpr, WARPS: gl.constexpr, WAIT: gl.constexpr,
+    X_GROUPS: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """Sums [row group, b, g, tokens] of one tile over one split of the columns."""
     CHUNKS: gl.constexpr = (K + 63) // 64
@@ -105,6 +105,15 @@ def _sums(
     x = _load_tokens(x_at, inside, column, start, WARPS, ROW_WORDS)
 
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1, 1], [1, 16, 8])
+    U: gl.constexpr = gl.SliceLayout(1, MMA)
+    u_warp = gl.arange(0, WARPS, gl.SliceLayout(1, U))[:, None]
+    u_at = x_scale_ptr
+    u = None
+    if X_GROUPS > 1:
+        token = first_pair + gl.arange(0, TOKENS, gl.SliceLayout(0, U))
+        pair = gl.load(pairs_ptr + gl.minimum(token, stop_pair - 1))
+        u_at = x_scale_ptr + (pair // rows_per_source).to(gl.int64)[None, :] * X_GROUPS
+        u = gl.load(u_at + _chunk(start, u_warp, WARPS, CHUNKS) // 2)
     zeros = gl.zeros([WARPS, 16, TOKENS], gl.float32, MMA)
     acc = (zeros, zeros, zeros, zeros)
     for step in range(start + 1, stop):
@@ -115,13 +124,17 @@ def _sums(
             z_step = _super_block(step, z_warp, WARPS, Z_BLOCKS) * Z[0]
         b = tokens(x, WARPS, TOKENS, OPERAND)
         x = _load_tokens(x_at, inside, column, step, WARPS, ROW_WORDS)
+        own = u
+        if X_GROUPS > 1:
+            u = gl.load(u_at + _chunk(step, u_warp, WARPS, CHUNKS) // 2)
         sums = ()
         next_w = ()
         next_s = ()
         next_z = ()
         for i in gl.static_range(4):
             # A row group's registers are free as soon as it is decoded: load the next one's.
-            sums = sums + (multiply(acc[i], w[i], s[i], z[i] >> z_bit, b, W, SCALE, OPERAND),)
+            zero = z[i] >> z_bit
+            sums = sums + (multiply(acc[i], w[i], s[i], own, zero, b, W, SCALE, OPERAND),)
             loaded = gl.load(w_at + (w_step + i * 128), eviction_policy="evict_first")
             next_w = next_w + (loaded,)
             if scale_ptr is not None:
@@ -139,7 +152,7 @@ def _sums(
     b = tokens(x, WARPS, TOKENS, OPERAND)
     sums = ()
     for i in gl.static_range(4):
-        sums = sums + (multiply(acc[i], w[i], s[i], z[i] >> z_bit, b, W, SCALE, OPERAND),)
+        sums = sums + (multiply(acc[i], w[i], s[i], u, z[i] >> z_bit, b, W, SCALE, OPERAND),)
     total = gl.join(gl.join(sums[0], sums[1]), gl.join(sums[2], sums[3]))
     # Axes warp, b g, token, row group.
     total = total.permute((0, 4, 3, 1, 2)).reshape([WARPS, 4, 2, 8, TOKENS])
@@ -177,13 +190,13 @@ def _tile(
     per_split, matrix, rows_per_source, alpha, beta, limit,
     K: gl.constexpr, N: gl.constexpr, HALVES: gl.constexpr, W: gl.constexpr, SCALE: gl.constexpr,
     OPERAND: gl.constexpr, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr,
-    TOKENS: gl.constexpr, WARPS: gl.constexpr, WAIT: gl.constexpr,
+    X_GROUPS: gl.constexpr, TOKENS: gl.constexpr, WARPS: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     acc = _sums(
-        x_ptr, w_ptr, scale_ptr, zero_ptr, first_pair, stop_pair, pairs_ptr, matrix, split,
-        per_split, rows_per_source, K, W, SCALE, OPERAND, TOKENS, WARPS, WAIT,
+        x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, first_pair, stop_pair, pairs_ptr, matrix,
+        split, per_split, rows_per_source, K, W, SCALE, OPERAND, X_GROUPS, TOKENS, WARPS, WAIT,
     )  # fmt: skip
-    if x_scale_ptr is not None:
+    if x_scale_ptr is not None and X_GROUPS == 1:
         acc = scale_tokens(acc, x_scale_ptr, first_pair, stop_pair, pairs_ptr, rows_per_source)
     y = finish(
         acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, split,
@@ -200,7 +213,7 @@ def decode_kernel(
     alpha, beta, limit, rows_per_source,
     K: gl.constexpr, N: gl.constexpr, HALVES: gl.constexpr, W: gl.constexpr, SCALE: gl.constexpr,
     OPERAND: gl.constexpr, ACTIVATION: gl.constexpr, LIMITED: gl.constexpr,
-    BLOCK: gl.constexpr, WARPS: gl.constexpr, FIRST: gl.constexpr,
+    X_GROUPS: gl.constexpr, BLOCK: gl.constexpr, WARPS: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """One tile of one expert: 64 rows (of both halves) by up to BLOCK pairs, one split of K."""
     ROW_TILES: gl.constexpr = (N * HALVES + 63) // 64
@@ -226,7 +239,7 @@ def decode_kernel(
             x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr,
             table_ptr, post_ptr, router_ptr, out_ptr, first, stop, expert, row_tile, split,
             per_split, matrix, rows_per_source, alpha, beta, limit,
-            K, N, HALVES, W, SCALE, OPERAND, ACTIVATION, LIMITED, BLOCK, WARPS, not FIRST,
+            K, N, HALVES, W, SCALE, OPERAND, ACTIVATION, LIMITED, X_GROUPS, BLOCK, WARPS, not FIRST,
         )  # fmt: skip
     else:
         # Most tiles of small experts: fewer columns than BLOCK cost less.
@@ -234,5 +247,5 @@ def decode_kernel(
             x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, bias_ptr,
             table_ptr, post_ptr, router_ptr, out_ptr, first, stop, expert, row_tile, split,
             per_split, matrix, rows_per_source, alpha, beta, limit,
-            K, N, HALVES, W, SCALE, OPERAND, ACTIVATION, LIMITED, 8, WARPS, not FIRST,
+            K, N, HALVES, W, SCALE, OPERAND, ACTIVATION, LIMITED, X_GROUPS, 8, WARPS, not FIRST,
         )  # fmt: skip

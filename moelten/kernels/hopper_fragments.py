@@ -263,15 +263,22 @@ def operands(words, scale, zero, W: gl.constexpr, OPERAND: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    acc, words, scale, zero, b, W: gl.constexpr, SCALE: gl.constexpr, OPERAND: gl.constexpr
+    acc, words, scale, x_scale, zero, b, W: gl.constexpr, SCALE: gl.constexpr, OPERAND: gl.constexpr
 ):
-    """acc + (a row group's weights of a chunk) @ b; scale: words [warps, g, n] if it acts here."""
+    """acc + (a row group's weights of a chunk) @ b.
+
+    scale:   words [warps, g, n] if it acts here
+    x_scale: fp32 [warps, tokens], if activations have scales for the group of the chunk
+    """
     a = operands(words, scale, zero, W, OPERAND)
     if W.scale == "group" or W.scale == "block":
         s = floats(scale, W, SCALE)
         if s.shape[3] == 1:
             part = _dot(a, b, gl.zeros_like(acc))
-            return acc + part * _row_scale(s.reshape([s.shape[0], 8, 2]), acc)
+            factor = _row_scale(s.reshape([s.shape[0], 8, 2]), acc)
+            if x_scale is not None:
+                factor = factor * x_scale.expand_dims(1)
+            return acc + part * factor
         else:
             a0, a1 = halves(a)
             b0, b1 = halves(b)

@@ -79,7 +79,8 @@ def grouped_gemm(
 ) -> None:
     """Write out[s, p] for every valid pair p, from row p // rows_per_source of x.
 
-    x:       [R, K rounded up to 8] in the operand type, and the scales of its rows, if any
+    x:       [R, K rounded up to 8] in the operand type, and the scales of its rows, if any, one
+             each or one for every 128 columns
     out:     [splits, P, N rounded up to 8], what each split of K brings; rows of invalid pairs are
              not written
     first:   whether this is the first GEMM after the plan
@@ -87,6 +88,7 @@ def grouped_gemm(
     scale, zero = matrix.parts.get("scale"), matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
     steps = -(-matrix.columns // (64 * variant.warps))
+    x_groups = 1 if x.scale is None else x.scale.shape[1]
     launch(
         decode_kernel, (plan.max_tiles * matrix.row_tiles * variant.splits,),
         _words(x.data), x.scale, _words(matrix.parts["data"]), _words(scale), _words(zero),
@@ -96,7 +98,7 @@ def grouped_gemm(
         out, variant.splits, -(-steps // variant.splits), out.stride(0), *numbers, rows_per_source,
         K=matrix.columns, N=matrix.rows, HALVES=matrix.halves, W=matrix.stored,
         SCALE=matrix.scale_type, OPERAND=matrix.operand, ACTIVATION=epilogue.activation,
-        LIMITED=limited, BLOCK=plan.block, WARPS=variant.warps, FIRST=first,
+        LIMITED=limited, X_GROUPS=x_groups, BLOCK=plan.block, WARPS=variant.warps, FIRST=first,
         maxnreg=variant.registers, num_warps=variant.warps, launch_pdl=True,
     )  # fmt: skip
 
@@ -114,26 +116,32 @@ def prefill_gemm(
     """Write the row of every position of the plan to out, from its row of x.
 
     x:        [P, K rounded up to 32] in the operand type, columns in the order of operands
-              (`hopper_plan.gather`), and the scales of its rows, if any
+              (`hopper_plan.gather`), and the scales of its rows, if any; of a grouped variant what
+              `hopper_plan.order_scales` writes, with the last as `global_scale`
     out:      columns as those of x if `ordered`, for the next GEMM; else [P, N]
     epilogue: without router weights
     """
     stored, scale, zero = variant.weights, matrix.parts.get("scale"), matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
-    # What does not come in rows of 128 bytes is little, and loaded by the lanes.
     chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation,
         limited, ordered, variant,
     )  # fmt: skip
+    x_scale, x_scales = x.scale, None
+    if variant.grouped:
+        assert x.scale is not None
+        x_scale = x.global_scale
+        x_scales = TensorDescriptor.from_tensor(x.scale.view(-1, 4), [variant.block, 4], _PLAIN)
     programs = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(
         prefill_kernel, (programs,),
         _boxes(matrix.parts["data"], variant.stage * chunk_rows, _WORDS),
-        _boxes(scale, scale_rows, _PLAIN), _boxes(zero, zero_rows, _PLAIN),
-        TensorDescriptor.from_tensor(x.data, [plan.unit, 64], _TOKENS),
-        None if scale_rows else _words(scale), None if zero_rows else _words(zero),
-        matrix.parts.get("row_scale"), x.scale, plan.tiles, plan.count, plan.max_tiles,
+        _boxes(scale, scale_rows, _PLAIN, 4 if stored.scale == "block" else 32),
+        _boxes(zero, zero_rows, _PLAIN),
+        TensorDescriptor.from_tensor(x.data, [plan.unit, 64], _TOKENS), x_scales,
+        None if zero_rows else _words(zero),
+        matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles, len(x.data),
         -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
         *numbers, P=problem, num_warps=4,
     )  # fmt: skip
@@ -147,12 +155,14 @@ def _activation(epilogue: Epilogue) -> tuple[Tensor | None, float, float, float,
     return None, *parameters, parameters[2] != float("inf")
 
 
-def _boxes(part: Tensor | None, rows: int, layout: gl.NVMMASharedLayout) -> TensorDescriptor | None:
-    """Rows of 128 bytes, so many per copy; None for none."""
+def _boxes(
+    part: Tensor | None, rows: int, layout: gl.NVMMASharedLayout, width: int = 32
+) -> TensorDescriptor | None:
+    """So many times 128 bytes per copy, from any row of `width` words on; None for none."""
     if part is None or rows == 0:
         return None
-    words = part.view(torch.uint8).view(torch.int32).view(-1, 32)
-    return TensorDescriptor.from_tensor(words, [rows, 32], layout)
+    words = part.view(torch.uint8).view(torch.int32).view(-1, width)
+    return TensorDescriptor.from_tensor(words, [rows * 32 // width, width], layout)
 
 
 def _words(part: Tensor | None) -> Tensor | None:

@@ -13,7 +13,12 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moelten.kernels.hopper_fragments import halves, no_sums
-from moelten.kernels.hopper_ring import find_row_tiles, take_scale, take_weights
+from moelten.kernels.hopper_ring import (
+    find_zeros,
+    take_scale,
+    take_token_scales,
+    take_weights,
+)
 
 WARP_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, WARP_SUMS.value, 2))
@@ -47,32 +52,37 @@ def _dot(acc, a, b, group: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def _add(acc, part, scale):
-    """acc + part, whose rows are times a scale, [64]."""
+def _add(acc, part, scale, x_scales, slot, group: gl.constexpr, P: gl.constexpr):
+    """acc + part, whose rows are times a scale, [64], and tokens times their own, if any."""
     rows = gl.convert_layout(scale, gl.SliceLayout(1, WARP_SUMS), assert_trivial=True)
     rows = rows.expand_dims(1)
     out = ()
     for i in gl.static_range(len(acc)):
-        out = out + (acc[i] + part[i] * rows,)
+        if P.variant.grouped:
+            own = take_token_scales(x_scales, slot, group, 8 * i, WARP_SUMS, P)
+            out = out + (acc[i] + part[i] * (rows * own),)
+        else:
+            out = out + (acc[i] + part[i] * rows,)
     return out
 
 
 @gluon.jit
 def _add_chunk(
-    acc, part, a, b, scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, last: gl.constexpr,
-    UNITS: gl.constexpr, P: gl.constexpr,
+    acc, part, a, b, scales, x_scales, slot, tile: gl.constexpr, chunk,
+    c: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums of a row tile, and products that wait for the scales of their group, after a chunk.
 
-    last: whether the chunk is the last of its group
+    chunk: the c-th of its stage
     """
+    SPAN: gl.constexpr = max(P.weights.group // 64, 1)  # chunks of a group
     GROUPS: gl.constexpr = P.groups
     if P.scaled:
         for g in gl.static_range(GROUPS):
             part = _dot(part, a, b, g, P)
-            if last:
-                scale = take_scale(scales, scale_ptr, matrix, slot, tile, chunk, g, P)
-                acc = _add(acc, part, scale)
+            if (c + 1) % SPAN == 0:
+                scale = take_scale(scales, slot, tile, chunk, g, P)
+                acc = _add(acc, part, scale, x_scales, slot, c // 2, P)
                 part = no_sums(UNITS, 8, WARP_SUMS)
         return acc, part
     else:
@@ -81,16 +91,15 @@ def _add_chunk(
 
 @gluon.jit
 def warp_sums(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-    steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+    words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
+    group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, 8] of a warpgroup's row tiles, tile after tile, of so many times 8 tokens."""
     TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
     STAGE: gl.constexpr = P.variant.stage
     OPERAND: gl.constexpr = P.operand
-    SPAN: gl.constexpr = max(P.weights.group // 64, 1)  # chunks of a group
-    matrix, zero = find_row_tiles(zero_ptr, expert, row_tile, P)
+    zero = find_zeros(zero_ptr, expert, row_tile, P)
     acc = ()
     none = ()
     for _ in gl.static_range(TILES):
@@ -110,8 +119,7 @@ def warp_sums(
                     words, scales, zeros, zero[t], slot, FIRST + t, chunk, c, P, OPERAND
                 )
                 own, waiting = _add_chunk(
-                    acc[t], part[t], a, b, scales, scale_ptr, matrix[t], slot, FIRST + t, chunk,
-                    (c + 1) % SPAN == 0, UNITS, P,
+                    acc[t], part[t], a, b, scales, x_scales, slot, FIRST + t, chunk, c, UNITS, P,
                 )  # fmt: skip
                 sums = sums + (own,)
                 rest = rest + (waiting,)

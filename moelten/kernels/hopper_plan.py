@@ -28,6 +28,7 @@ from moelten.kernels.triton_plan import (
 _SCAN = 1024
 _MAX_PAIRS = 8192
 _GATHERED = 4096  # words that a program holds at once
+_ORDERED = 64  # positions of a program
 
 
 def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
@@ -180,6 +181,57 @@ def gather_kernel(
             scale = tl.load(x_scale_ptr + source)
         for slot in tl.static_range(SLOTS):
             tl.store(scale_ptr + positions[slot], scale, mask=positions[slot] >= 0)
+
+
+def order_scales(
+    scale: Tensor, out: Rows, pairs: Tensor | None = None, rows_per_source: int = 1
+) -> None:
+    """Scales of groups of activations, as the GEMMs for many tokens per expert want them.
+
+    scale: fp32 [R, G] of rows
+    out:   scale [G, P, 4], of which [..., 0] are written, by position: in rows of 16 bytes copies
+           can begin anywhere. With a global_scale [P], sums are kept in units of the group at hand:
+           that is the last group's scale, and each group has the scale before over its own, the
+           first one 1. No scale counts for less than 2**-36 of its row's largest: with weights'
+           scales up to 2**60 apart, sums in its unit stay finite, and what such a group brings is
+           less than what fp32 sums of the others lose
+    pairs: int32 [P], the pair of each position, whose row is pair // rows_per_source (`TilePlan`);
+           by default positions are rows
+    """
+    assert out.scale is not None
+    groups, count = out.scale.shape[:2]
+    launch(
+        order_kernel, (triton.cdiv(count, _ORDERED),),
+        scale, pairs, out.scale, out.global_scale, scale.shape[0], count, rows_per_source,
+        GROUPS=groups, WIDTH=triton.next_power_of_2(groups), BLOCK=_ORDERED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "count", "rows_per_source"])
+def order_kernel(
+    scale_ptr, pairs_ptr, out_ptr, last_ptr, rows, count, rows_per_source,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < count
+    row = position
+    if pairs_ptr is not None:
+        row = tl.load(pairs_ptr + position, mask=inside, other=0) // rows_per_source
+    # Behind the last position that the plan gave stands anything.
+    row = tl.minimum(tl.maximum(row, 0), rows - 1).to(tl.int64)
+    g = tl.arange(0, WIDTH)[None, :]
+    known = g < GROUPS
+    at = scale_ptr + row[:, None] * GROUPS
+    scale = tl.load(at + g, mask=known, other=0.0)
+    if last_ptr is not None:
+        least = tl.max(scale, axis=1) * 1.4551915228366852e-11
+        scale = tl.maximum(scale, least[:, None])
+        last = tl.sum(tl.where(g == GROUPS - 1, scale, 0.0), axis=1)
+        tl.store(last_ptr + position, last, mask=inside)
+        before = tl.load(at + tl.maximum(g - 1, 0), mask=known, other=0.0)
+        scale = tl.div_rn(tl.maximum(before, least[:, None]), scale)
+    to = out_ptr + (g.to(tl.int64) * count + position[:, None]) * 4
+    tl.store(to, scale, mask=known & inside[:, None])
 
 
 def combine(

@@ -96,13 +96,13 @@ def _finish_tile(
 
 @gluon.jit
 def _sums(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+    words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work of so many units: a block's sums of each row tile."""
     SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
     acc, turn = SUMS_OF(
-        words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile, steps,
+        words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
         group, UNITS, P,
     )  # fmt: skip
     EACH: gl.constexpr = P.variant.each
@@ -122,7 +122,7 @@ def _multiply_piece(
 ):
     """A warpgroup's half of a piece of work, from `row_tile` on: sums, and what follows them."""
     (
-        full, empty, steps, words, scales, zeros, x, scale_ptr, zero_ptr,
+        full, empty, steps, words, scales, zeros, x, x_scales, zero_ptr,
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
     ) = arguments  # fmt: skip
     EACH: gl.constexpr = P.variant.each
@@ -131,11 +131,12 @@ def _multiply_piece(
     MOST: gl.constexpr = P.most
     LAYOUT: gl.constexpr = WARP_SUMS if P.variant.by_warp else SUMS
     units = gl.maximum((stop - first + UNIT - 1) // UNIT, LEAST)
+    steps = _opaque(steps)
     acc = no_sums(EACH * MOST, UNIT, LAYOUT)
     for n in gl.static_range(LEAST, MOST + 1):
         if units == n:
             acc, turn = _sums(
-                words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr,
+                words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr,
                 expert, row_tile, steps, group, n, P,
             )  # fmt: skip
     first, expert = _opaque(first), _opaque(expert).to(gl.int64)
@@ -187,13 +188,36 @@ def _room(desc, COUNT: gl.constexpr):
         )
 
 
-@gluon.jit(do_not_specialize=("max_tiles", "steps", "alpha", "beta", "limit"))
+@gluon.jit
+def _flat(scales, P: gl.constexpr):
+    """Boxes of scales of blocks as 32 words each, of which the first four count."""
+    SHAPE: gl.constexpr = [P.variant.slots * P.variant.tiles, 32]
+    if P.weights.scale == "block":
+        return scales._reinterpret(gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    else:
+        return scales
+
+
+@gluon.jit
+def _by_group(x_scales, P: gl.constexpr):
+    """The boxes of scales of activations, in memory's order."""
+    SHAPE: gl.constexpr = [P.variant.slots * P.variant.x_groups, P.variant.block, 4]
+    if P.variant.grouped:
+        return x_scales._reinterpret(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    else:
+        return 0
+
+
+@gluon.jit(do_not_specialize=("max_tiles", "positions", "steps", "alpha", "beta", "limit"))
 def prefill_kernel(
-    w_desc, s_desc, z_desc, x_desc, scale_ptr, zero_ptr, row_scale_ptr, x_scale_ptr, tiles_ptr,
-    count_ptr, max_tiles, steps, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
-    P: gl.constexpr,
+    w_desc, s_desc, z_desc, x_desc, u_desc, zero_ptr, row_scale_ptr, x_scale_ptr,
+    tiles_ptr, count_ptr, max_tiles, positions, steps, bias_ptr, table_ptr, post_ptr, out_ptr,
+    alpha, beta, limit, P: gl.constexpr,
 ):  # fmt: skip
-    """All of one grouped GEMM; steps: stages that the columns make.
+    """All of one grouped GEMM.
+
+    positions: rows of activations
+    steps:     stages that the columns make
 
     The count is known at run time only, lest loops be unrolled.
     """
@@ -203,6 +227,7 @@ def prefill_kernel(
     x = gl.allocate_shared_memory(
         P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
     )
+    x_scales = _room(u_desc, P.variant.slots * P.variant.x_groups)
     there = x if P.variant.by_warp else find(x)
     work = gl.allocate_shared_memory(
         gl.int32, [P.variant.slots, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -215,12 +240,13 @@ def prefill_kernel(
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
     consumer = (
-        full, empty, steps, words, scales, zeros, there, scale_ptr, zero_ptr,
-        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
+        full, empty, steps, words, _flat(scales, P), zeros, there, _by_group(x_scales, P), zero_ptr,
+        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
+        alpha, beta, limit,
     )  # fmt: skip
     producer = (
-        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, work, full, empty, tiles_ptr,
-        count_ptr, max_tiles, steps,
+        w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales, work, full,
+        empty, tiles_ptr, count_ptr, max_tiles, positions, steps,
     )  # fmt: skip
     gl.warp_specialize(
         [

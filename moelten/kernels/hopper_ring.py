@@ -26,7 +26,7 @@ from moelten.kernels.hopper_fragments import (
     scale_layout,
     zero_words,
 )
-from moelten.kernels.hopper_schedule import WideVariant
+from moelten.kernels.hopper_schedule import WideVariant, box_rows
 
 OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
 # Its name in later Tritons, and in 3.6.
@@ -79,6 +79,11 @@ class Problem:
     def scaled(self) -> bool:
         """Whether scales multiply sums, group after group."""
         return self.weights.scales_sums
+
+    @property
+    def scale_rows(self) -> int:
+        """Rows of 128 bytes of a row tile's scales of a super-block (`box_rows`)."""
+        return box_rows(self.weights, self.scale_type)[1]
 
     @property
     def groups(self) -> int:
@@ -147,28 +152,19 @@ def take_work(work, full, turn, P: gl.constexpr):
 
 
 @gluon.jit
-def _find_row_tile(zero_ptr, expert, row_tile, P: gl.constexpr):
-    """Which of all row tiles it is, the last again past it; and a whole row's zero points."""
-    matrix = expert * P.row_tiles + gl.minimum(row_tile, P.row_tiles - 1)
-    zero = 0
-    if zero_ptr is not None:
-        W: gl.constexpr = P.weights
-        warp, lane = zero_words(W, 4)
-        zero = gl.load(zero_ptr + matrix * 32 + (warp * 8 + lane))
-    return matrix, zero
-
-
-@gluon.jit
-def find_row_tiles(zero_ptr, expert, row_tile, P: gl.constexpr):
-    """`_find_row_tile` of all that a warpgroup has: two tuples."""
+def find_zeros(zero_ptr, expert, row_tile, P: gl.constexpr):
+    """Whole rows' zero points of all row tiles that a warpgroup has, if there are such."""
     EACH: gl.constexpr = P.variant.each
-    matrix = ()
-    zero = ()
+    W: gl.constexpr = P.weights
+    zeros = ()
     for t in gl.static_range(EACH):
-        m, z = _find_row_tile(zero_ptr, expert, row_tile + t, P)
-        matrix = matrix + (m,)
-        zero = zero + (z,)
-    return matrix, zero
+        zero = 0
+        if zero_ptr is not None:
+            matrix = expert * P.row_tiles + gl.minimum(row_tile + t, P.row_tiles - 1)
+            warp, lane = zero_words(W, 4)
+            zero = gl.load(zero_ptr + matrix * 32 + (warp * 8 + lane))
+        zeros = zeros + (zero,)
+    return zeros
 
 
 # Filling ------------------------------------------------------------------------------------------
@@ -217,8 +213,8 @@ def _look_up(tiles_ptr, max_tiles, index, P: gl.constexpr):
 
 @gluon.jit
 def _fill(
-    w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
-    expert, first, row_tile, steps, UNITS: gl.constexpr, P: gl.constexpr,
+    w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales, full, empty, turn,
+    expert, first, row_tile, positions, steps, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Bring one piece of work of so many units of tokens, stage after stage.
 
@@ -226,11 +222,15 @@ def _fill(
     """
     UNIT: gl.constexpr = P.variant.unit
     W_ROWS: gl.constexpr = w_desc.block_shape[0]
-    S_ROWS: gl.constexpr = 0 if s_desc is None else s_desc.block_shape[0]
+    S_ROWS: gl.constexpr = 0 if s_desc is None else P.scale_rows
     Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[0]
     TILES: gl.constexpr = P.variant.tiles
     STAGE: gl.constexpr = P.variant.stage
-    BYTES: gl.constexpr = 128 * (TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * UNITS * UNIT)
+    X_GROUPS: gl.constexpr = P.variant.x_groups
+    U_BYTES: gl.constexpr = X_GROUPS * P.variant.block * 16
+    BYTES: gl.constexpr = U_BYTES + 128 * (
+        TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * UNITS * UNIT
+    )
     for step in range(steps):
         slot = turn % P.variant.slots
         bar = full.index(slot)
@@ -243,7 +243,7 @@ def _fill(
             block = matrix * P.super_blocks + step * STAGE // 4
             if s_desc is not None:
                 to = scales.index(slot * TILES + tile)
-                _bring(s_desc, [block * S_ROWS, 0], bar, to)
+                _bring(s_desc, [block * P.scale_rows, 0], bar, to)
             if z_desc is not None:
                 to = zeros.index(slot * TILES + tile)
                 _bring(z_desc, [block * Z_ROWS, 0], bar, to)
@@ -252,6 +252,10 @@ def _fill(
                 tokens = x.index(slot * STAGE + c).slice(unit * UNIT, UNIT, 0)
                 at = [first + unit * UNIT, (step * STAGE + c) * 64]
                 _bring(x_desc, at, bar, tokens)
+        for g in gl.static_range(X_GROUPS):
+            # Of all the block's tokens; what others there are adds to sums that are not stored.
+            row = (step * X_GROUPS + g) * positions + first
+            _bring(u_desc, [row, 0], bar, x_scales.index(slot * X_GROUPS + g))
         turn += 1
         _wait_until_empty(empty, turn, P)
     return turn
@@ -266,8 +270,8 @@ def produce(arguments, P: gl.constexpr):
     are read 5 % sooner than by the counter; and what is next is looked up a piece ahead.
     """
     (
-        w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, work, full, empty, tiles_ptr,
-        count_ptr, max_tiles, steps,
+        w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales, work, full,
+        empty, tiles_ptr, count_ptr, max_tiles, positions, steps,
     ) = arguments  # fmt: skip
     TURNS: gl.constexpr = P.variant.by_warp
     COUNTER: gl.constexpr = 1 if P.ordered else 2
@@ -288,8 +292,8 @@ def produce(arguments, P: gl.constexpr):
         for n in gl.static_range(1, MOST + 1):
             if units == n:
                 turn = _fill(
-                    w_desc, s_desc, z_desc, x_desc, words, scales, zeros, x, full, empty, turn,
-                    expert, first, row_tile, steps, n, P,
+                    w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales,
+                    full, empty, turn, expert, first, row_tile, positions, steps, n, P,
                 )  # fmt: skip
         if not TURNS:
             # Programs begin with a piece each, which nobody counted.
@@ -423,22 +427,32 @@ def take_stage(words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: g
 
 
 @gluon.jit
-def take_scale(
-    scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, group: gl.constexpr,
-    P: gl.constexpr,
-):  # fmt: skip
+def take_token_scales(
+    x_scales, slot, group: gl.constexpr, at: gl.constexpr, L: gl.constexpr, P: gl.constexpr
+):
+    """fp32 [1, tokens] of a unit, from the at-th of the block on, for a group of a stage.
+
+    L: the layout of the sums [64, tokens]
+    """
+    words = x_scales.index(slot * P.variant.x_groups + group).slice(at, P.variant.unit, 0)
+    return words.slice(0, 1, 1).permute((1, 0)).load(L)
+
+
+@gluon.jit
+def take_scale(scales, slot, tile: gl.constexpr, chunk, group: gl.constexpr, P: gl.constexpr):
     """fp32 [64], in the order of a row tile's rows: the scales of a group of a chunk."""
     W: gl.constexpr = P.weights
     TYPE: gl.constexpr = P.scale_type
+    own = scales.index(slot * P.variant.tiles + tile)
     if W.scale == "block":
-        # A few numbers of the whole matrix: from memory.
+        # Two groups of a super-block, two numbers each, which all lanes have.
         L: gl.constexpr = scale_layout(4, 2)
-        n = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-        at = matrix * (P.super_blocks * 4) + chunk // 2 * 2
-        words = gl.load(scale_ptr + at + n + gl.zeros([4, 8, 2], gl.int32, L))
-        rows = floats(words, W, TYPE)
+        ALL: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
+        words = gl.where(chunk & 2 != 0, own.slice(2, 2).load(ALL), own.slice(0, 2).load(ALL))
+        words = words[None, None, :] + gl.zeros([4, 8, 2], gl.int32, L)
+        rows = floats(words.to(gl.uint32, bitcast=True), W, TYPE)
     else:
-        words = _take(scales.index(slot * P.variant.tiles + tile), chunk, P.words, False)
+        words = _take(own, chunk, P.words, False)
         words = gl.convert_layout(words, scale_layout(4, words.shape[2]), assert_trivial=True)
         rows = floats(words, W, TYPE)  # warps g b c
         if rows.shape[3] == 2:

@@ -36,6 +36,7 @@ class WideVariant:
     """weights: as the operands that they are multiplied as
     block: most tokens of a tile, beside `tiles` row tiles of 64 rows
     slots, stage: slots in shared memory, of so many chunks of 64 columns
+    grouped: whether activations have a scale for every 128 columns
     """
 
     weights: Storage
@@ -43,6 +44,12 @@ class WideVariant:
     slots: int
     stage: int
     tiles: int = 4
+    grouped: bool = False
+
+    @property
+    def x_groups(self) -> int:
+        """Groups of activations of a stage."""
+        return self.stage // 2 if self.grouped else 0
 
     @property
     def each(self) -> int:
@@ -71,9 +78,12 @@ def block_of(pairs: int, num_experts: int) -> int:
 
 def make_variant(
     stored: Storage, block: int, pairs: int, num_experts: int, row_tiles: int, columns: int,
-    *, may_split: bool,
+    *, may_split: bool, grouped: bool = False,
 ) -> Variant:  # fmt: skip
-    """The variant for a matrix of `row_tiles` tiles of 64 rows per expert, and its tokens."""
+    """The variant for a matrix of `row_tiles` tiles of 64 rows per expert, and its tokens.
+
+    grouped: whether activations have a scale for every 128 columns
+    """
     active = num_experts * -math.expm1(pairs * math.log1p(-1 / max(num_experts, 2)))
     programs = max(min(active, pairs), pairs / block) * row_tiles
     steps = -(-columns // 256)
@@ -81,7 +91,7 @@ def make_variant(
     if may_split:
         wanted = math.ceil(_WANTED_PROGRAMS / programs)
         splits = max(1, min(wanted, steps // _LEAST_STEPS, _MAX_SPLITS))
-    return Variant(4, _registers(stored, block), splits)
+    return Variant(4, _registers(stored, block, grouped), splits)
 
 
 def choose_wide(
@@ -146,6 +156,12 @@ def warp_variant(
     return _fitted(stored, scale_type, 32, max(stage, stored.group // 64, 1))
 
 
+def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
+    """The same for activations with a scale for every 128 columns, in stages of whole groups."""
+    stage = max(variant.stage, 2)
+    return _fitted(variant.weights, scale_type, variant.block, stage, variant.tiles, grouped=True)
+
+
 def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -> bool:
     """Whether pieces of 8 row tiles of 4 bits are enough for every multiprocessor."""
     hidden, inter = columns
@@ -154,12 +170,14 @@ def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -
 
 
 def _fitted(
-    stored: Storage, scale_type: str, block: int, stage: int, tiles: int = 4
-) -> WideVariant:
+    stored: Storage, scale_type: str, block: int, stage: int, tiles: int = 4,
+    grouped: bool = False,
+) -> WideVariant:  # fmt: skip
     """As many slots as fit in shared memory."""
     chunk, scale, zero = box_rows(stored, scale_type)
     slot = 128 * (tiles * (stage * chunk + scale + zero) + stage * block)
-    return WideVariant(stored, block, min(_SHARED_BYTES // slot, 8), stage, tiles)
+    slot += stage // 2 * 16 * block if grouped else 0
+    return WideVariant(stored, block, min(_SHARED_BYTES // slot, 8), stage, tiles, grouped)
 
 
 def type_name(dtype: torch.dtype | None) -> str:
@@ -170,11 +188,13 @@ def type_name(dtype: torch.dtype | None) -> str:
 def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
     """Rows of 128 bytes of a row tile: codes of a chunk, scales and zero points of a super-block.
 
-    0 where there are none, or too few for a row.
+    0 where there are none, or one zero point per row; scales of blocks are the first of a row.
     """
     wide = 2 if scale_type == "float32" else 1
     scale = zero = 0
-    if stored.by_chunk:
+    if stored.scale == "block":
+        scale = 1
+    elif stored.by_chunk:
         scale = 8 if stored.group == 16 else 4
     elif stored.scale in ("fold", "group"):
         scale = 256 // stored.group * wide
@@ -191,8 +211,11 @@ def split_rows(pairs: int, row_tiles: int) -> int:
     return pairs + min((_MAX_SPLITS - 1) * pairs, _WANTED_PROGRAMS * max(_BLOCKS) // row_tiles)
 
 
-def _registers(stored: Storage, block: int) -> int:
+def _registers(stored: Storage, block: int, grouped: bool) -> int:
     """The most registers per thread: few enough for many warps, enough not to spill."""
+    if grouped:
+        much = block > 8 or (stored.scale == "group" and stored.code.bits == 8)
+        return _registers(stored, block, False) + (24 if much else 16)
     # Groups of 32 have two products per chunk, each with sums of its own.
     two_products = stored.scale == "group" and stored.group == 32
     if block == 8:

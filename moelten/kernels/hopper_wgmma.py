@@ -16,7 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_products import SUMS, TOKENS, multiply
-from moelten.kernels.hopper_ring import find_row_tiles, take_scale, take_stage
+from moelten.kernels.hopper_ring import (
+    find_zeros,
+    take_scale,
+    take_stage,
+    take_token_scales,
+)
 
 
 @gluon.jit
@@ -41,6 +46,16 @@ def _times(acc, rows):
     for i in gl.static_range(len(acc)):
         own = gl.convert_layout(rows, gl.SliceLayout(1, SUMS), assert_trivial=True)
         out = out + (acc[i] * own.expand_dims(1),)
+    return out
+
+
+@gluon.jit
+def _times_tokens(acc, x_scales, slot, valid, P: gl.constexpr):
+    """Every token's sums times a number of its own, if those of the slot are valid."""
+    out = ()
+    for i in gl.static_range(len(acc)):
+        own = take_token_scales(x_scales, slot, 0, i * TOKENS, SUMS, P)
+        out = out + (acc[i] * gl.where(valid, own, 1.0),)
     return out
 
 
@@ -83,8 +98,8 @@ def _put(items, index: gl.constexpr, item):
 
 @gluon.jit
 def warpgroup_sums(
-    words, scales, zeros, x, full, empty, turn, scale_ptr, zero_ptr, expert, row_tile,
-    steps, group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+    words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
+    group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, 16] of a warpgroup's row tiles, tile after tile, of so many times 16 tokens.
 
@@ -99,12 +114,12 @@ def warpgroup_sums(
     slot = turn % P.variant.slots
     start = turn * 0
     mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
-    matrix, zero = find_row_tiles(zero_ptr, expert, row_tile, P)
+    zero = find_zeros(zero_ptr, expert, row_tile, P)
     acc = ()
     unit = ()
     for t in gl.static_range(TILES):
         acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
-        unit = unit + (_first_unit(scales, scale_ptr, matrix[t], slot, FIRST + t, start, P),)
+        unit = unit + (_first_unit(scales, slot, FIRST + t, start, P),)
     first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P)
     for step in range(steps):
         slot = turn % P.variant.slots
@@ -118,10 +133,11 @@ def warpgroup_sums(
             if i + 1 < TURNS:
                 if P.scaled:
                     scale = take_scale(
-                        scales, scale_ptr, matrix[(i + 1) % TILES], slot, FIRST + (i + 1) % TILES,
-                        chunk, (i + 1) // TILES, P,
+                        scales, slot, FIRST + (i + 1) % TILES, chunk, (i + 1) // TILES, P
                     )  # fmt: skip
                     sums, own = _rescale(acc[(i + 1) % TILES], unit[(i + 1) % TILES], scale)
+                    if P.variant.grouped:
+                        sums = _times_tokens(sums, x_scales, slot, steps > 0, P)
                     acc = _put(acc, (i + 1) % TILES, sums)
                     unit = _put(unit, (i + 1) % TILES, own)
                 if i + 1 < TILES:
@@ -134,9 +150,11 @@ def warpgroup_sums(
                 mbarrier.wait(full.index(next_slot), next_phase, pred=more)
                 if P.scaled:
                     after = gl.minimum(chunk + P.variant.stage, P.chunks - 1)
-                    scale = take_scale(scales, scale_ptr, matrix[0], next_slot, FIRST, after, 0, P)
+                    scale = take_scale(scales, next_slot, FIRST, after, 0, P)
                     # After the last stage a slot holds anything.
                     sums, own = _rescale(acc[0], unit[0], gl.where(more, scale, unit[0]))
+                    if P.variant.grouped:
+                        sums = _times_tokens(sums, x_scales, next_slot, more, P)
                     acc = _put(acc, 0, sums)
                     unit = _put(unit, 0, own)
                 first = take_stage(
@@ -153,10 +171,10 @@ def warpgroup_sums(
 
 
 @gluon.jit
-def _first_unit(scales, scale_ptr, matrix, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+def _first_unit(scales, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
     """The first scales; a first group of zeros has some unit, less than any that follows."""
     if P.scaled:
-        unit = take_scale(scales, scale_ptr, matrix, slot, tile, chunk, 0, P)
+        unit = take_scale(scales, slot, tile, chunk, 0, P)
         return gl.where(unit == 0, 1.1754943508222875e-38, unit)
     else:
         return 0
