@@ -192,9 +192,8 @@ def order_scales(
     out:   scale [G, P, 4], of which [..., 0] are written, by position: in rows of 16 bytes copies
            can begin anywhere. With a global_scale [P], sums are kept in units of the group at hand:
            that is the last group's scale, and each group has the scale before over its own, the
-           first one 1. No scale counts for less than 2**-36 of its row's largest: with weights'
-           scales up to 2**60 apart, sums in its unit stay finite, and what such a group brings is
-           less than what fp32 sums of the others lose
+           first one 1. No scale counts for less than 2**-90 of its row's largest, lest sums in that
+           unit overflow. (Not of less: a group of zeros has a scale of 1, whatever the others have)
     pairs: int32 [P], the pair of each position, whose row is pair // rows_per_source (`TilePlan`);
            by default positions are rows
     """
@@ -224,7 +223,7 @@ def order_kernel(
     at = scale_ptr + row[:, None] * GROUPS
     scale = tl.load(at + g, mask=known, other=0.0)
     if last_ptr is not None:
-        least = tl.max(scale, axis=1) * 1.4551915228366852e-11
+        least = tl.max(scale, axis=1) * 8.077935669463161e-28
         scale = tl.maximum(scale, least[:, None])
         last = tl.sum(tl.where(g == GROUPS - 1, scale, 0.0), axis=1)
         tl.store(last_ptr + position, last, mask=inside)
