@@ -10,14 +10,17 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moelten.kernels.hopper_fragments import halves, no_sums
 from moelten.kernels.hopper_ring import (
+    X,
     find_zeros,
+    leave,
+    place_of,
     take_scale,
     take_token_scales,
     take_weights,
+    wait_until_full,
 )
 
 WARP_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
@@ -26,11 +29,11 @@ _RIGHT = gl.constexpr(gl.DotOperandLayout(1, WARP_SUMS.value, 2))
 
 
 @gluon.jit
-def _take_tokens(x, slot, c: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr):
+def _take_tokens(ring, slot, c: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr):
     """Activations of a chunk, the c-th of its stage, [64, 8] times so many."""
     b = ()
     for i in gl.static_range(UNITS):
-        tokens = x.index(slot * P.variant.stage + c).slice(8 * i, 8, 0)
+        tokens = ring[X].index(slot * P.variant.stage + c).slice(8 * i, 8, 0)
         b = b + (tokens.permute((1, 0)).load(_RIGHT),)
     return b
 
@@ -52,14 +55,14 @@ def _dot(acc, a, b, group: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
-def _add(acc, part, scale, x_scales, slot, group: gl.constexpr, P: gl.constexpr):
+def _add(acc, part, scale, ring, slot, group: gl.constexpr, P: gl.constexpr):
     """acc + part, whose rows are times a scale, [64], and tokens times their own, if any."""
     rows = gl.convert_layout(scale, gl.SliceLayout(1, WARP_SUMS), assert_trivial=True)
     rows = rows.expand_dims(1)
     out = ()
     for i in gl.static_range(len(acc)):
         if P.variant.grouped:
-            own = take_token_scales(x_scales, slot, group, 8 * i, WARP_SUMS, P)
+            own = take_token_scales(ring, slot, group, 8 * i, WARP_SUMS, P)
             out = out + (acc[i] + part[i] * (rows * own),)
         else:
             out = out + (acc[i] + part[i] * rows,)
@@ -68,8 +71,8 @@ def _add(acc, part, scale, x_scales, slot, group: gl.constexpr, P: gl.constexpr)
 
 @gluon.jit
 def _add_chunk(
-    acc, part, a, b, scales, x_scales, slot, tile: gl.constexpr, chunk,
-    c: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+    acc, part, a, b, ring, slot, tile: gl.constexpr, chunk, c: gl.constexpr,
+    UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums of a row tile, and products that wait for the scales of their group, after a chunk.
 
@@ -81,8 +84,8 @@ def _add_chunk(
         for g in gl.static_range(GROUPS):
             part = _dot(part, a, b, g, P)
             if (c + 1) % SPAN == 0:
-                scale = take_scale(scales, slot, tile, chunk, g, P)
-                acc = _add(acc, part, scale, x_scales, slot, c // 2, P)
+                scale = take_scale(ring, slot, tile, chunk, g, P)
+                acc = _add(acc, part, scale, ring, slot, c // 2, P)
                 part = no_sums(UNITS, 8, WARP_SUMS)
         return acc, part
     else:
@@ -91,7 +94,7 @@ def _add_chunk(
 
 @gluon.jit
 def warp_sums(
-    words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
+    ring, turn, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, 8] of a warpgroup's row tiles, tile after tile, of so many times 8 tokens."""
@@ -106,26 +109,23 @@ def warp_sums(
         acc = acc + (no_sums(UNITS, 8, WARP_SUMS),)
         none = none + (no_sums(UNITS, 8, WARP_SUMS),)
     for step in range(steps):
-        slot = turn % P.variant.slots
-        mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
+        slot = wait_until_full(ring, place_of(turn, P))
         part = none
         for c in gl.static_range(STAGE):
             chunk = step * STAGE + c
-            b = _take_tokens(x, slot, c, UNITS, P)
+            b = _take_tokens(ring, slot, c, UNITS, P)
             sums = ()
             rest = ()
             for t in gl.static_range(TILES):
-                a = take_weights(
-                    words, scales, zeros, zero[t], slot, FIRST + t, chunk, c, P, OPERAND
-                )
+                a = take_weights(ring, zero[t], slot, FIRST + t, chunk, c, P, OPERAND)
                 own, waiting = _add_chunk(
-                    acc[t], part[t], a, b, scales, x_scales, slot, FIRST + t, chunk, c, UNITS, P,
-                )  # fmt: skip
+                    acc[t], part[t], a, b, ring, slot, FIRST + t, chunk, c, UNITS, P
+                )
                 sums = sums + (own,)
                 rest = rest + (waiting,)
             acc = sums
             part = rest
-        mbarrier.arrive(empty.index(slot))
+        leave(ring, slot)
         turn += 1
     out = ()
     for t in gl.static_range(TILES):

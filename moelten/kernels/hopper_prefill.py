@@ -20,7 +20,7 @@ from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
 from moelten.kernels.hopper_products import SUMS, find
-from moelten.kernels.hopper_ring import produce, take_work
+from moelten.kernels.hopper_ring import leave, place_of, produce, take_work, wait_until_full
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
 # Registers of a thread of the second warpgroup, and of the producer.
@@ -69,14 +69,14 @@ def _together(acc, start: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _finish_tile(
-    acc, row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, expert, first, stop,
-    row_tile, alpha, beta, limit, P: gl.constexpr,
-):  # fmt: skip
+def _finish_tile(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
     """What follows the sums of a row tile's block, and `_store`.
 
     32 tokens at a time, for which little shared memory and few registers do.
     """
+    (
+        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit
+    ) = epilogue  # fmt: skip
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     COUNT: gl.constexpr = 32 // P.variant.unit
@@ -96,15 +96,12 @@ def _finish_tile(
 
 @gluon.jit
 def _sums(
-    words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
+    ring, turn, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup's half of a piece of work of so many units: a block's sums of each row tile."""
     SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
-    acc, turn = SUMS_OF(
-        words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
-        group, UNITS, P,
-    )  # fmt: skip
+    acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, group, UNITS, P)
     EACH: gl.constexpr = P.variant.each
     MOST: gl.constexpr = P.most
     UNIT: gl.constexpr = P.variant.unit
@@ -118,13 +115,10 @@ def _sums(
 
 @gluon.jit
 def _multiply_piece(
-    arguments, turn, expert, first, stop, row_tile, group: gl.constexpr, P: gl.constexpr
-):
+    ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps,
+    group: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
     """A warpgroup's half of a piece of work, from `row_tile` on: sums, and what follows them."""
-    (
-        full, empty, steps, words, scales, zeros, x, x_scales, zero_ptr,
-        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit,
-    ) = arguments  # fmt: skip
     EACH: gl.constexpr = P.variant.each
     UNIT: gl.constexpr = P.variant.unit
     LEAST: gl.constexpr = P.least
@@ -135,46 +129,40 @@ def _multiply_piece(
     acc = no_sums(EACH * MOST, UNIT, LAYOUT)
     for n in gl.static_range(LEAST, MOST + 1):
         if units == n:
-            acc, turn = _sums(
-                words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr,
-                expert, row_tile, steps, group, n, P,
-            )  # fmt: skip
+            acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, group, n, P)
     first, expert = _opaque(first), _opaque(expert).to(gl.int64)
     for t in gl.static_range(EACH):
-        _finish_tile(
-            acc[t * MOST : (t + 1) * MOST], row_scale_ptr, x_scale_ptr, bias_ptr,
-            table_ptr, post_ptr, out_ptr, expert, first, stop, row_tile + t,
-            alpha, beta, limit, P,
-        )  # fmt: skip
+        own = acc[t * MOST : (t + 1) * MOST]
+        _finish_tile(own, epilogue, expert, first, stop, row_tile + t, P)
     return turn
 
 
 @gluon.jit
-def _pass(full, empty, turn, steps, P: gl.constexpr):
+def _pass(ring, turn, steps, P: gl.constexpr):
     """Let a piece of work go by."""
     for _ in range(steps):
-        slot = turn % P.variant.slots
-        mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
-        mbarrier.arrive(empty.index(slot))
+        leave(ring, wait_until_full(ring, place_of(turn, P)))
         turn += 1
     return turn
 
 
 @gluon.jit
-def _consume(work, arguments, group: gl.constexpr, P: gl.constexpr):
-    full, empty, steps = arguments[:3]
+def _consume(ring, work, zero_ptr, epilogue, steps, group: gl.constexpr, P: gl.constexpr):
+    """A warpgroup's halves of all pieces of work."""
     EACH: gl.constexpr = P.variant.each
     # Whether the last row tiles of a matrix leave nothing for the second warpgroup.
     IDLE: gl.constexpr = group == 1 and P.uneven
     turn = 0
-    expert, first, stop, row_tile = take_work(work, full, turn, P)
+    expert, first, stop, row_tile = take_work(ring, work, turn, P)
     while expert >= 0:
         row_tile += EACH * group
         if not IDLE or row_tile < P.row_tiles:
-            turn = _multiply_piece(arguments, turn, expert, first, stop, row_tile, group, P)
+            turn = _multiply_piece(
+                ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps, group, P
+            )
         else:
-            turn = _pass(full, empty, turn, steps, P)
-        expert, first, stop, row_tile = take_work(work, full, turn, P)
+            turn = _pass(ring, turn, steps, P)
+        expert, first, stop, row_tile = take_work(ring, work, turn, P)
 
 
 @gluon.jit
@@ -239,20 +227,17 @@ def prefill_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
-    consumer = (
-        full, empty, steps, words, _flat(scales, P), zeros, there, _by_group(x_scales, P), zero_ptr,
-        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr,
-        alpha, beta, limit,
-    )  # fmt: skip
-    producer = (
-        w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales, work, full,
-        empty, tiles_ptr, count_ptr, max_tiles, positions, steps,
+    filled = (words, scales, zeros, x, x_scales, full, empty)
+    taken = (words, _flat(scales, P), zeros, there, _by_group(x_scales, P), full, empty)
+    boxes = (w_desc, s_desc, z_desc, x_desc, u_desc)
+    epilogue = (
+        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (work, consumer, 0, P)),
-            (_consume, (work, consumer, 1, P)),
-            (produce, (producer, P)),
+            (_consume, (taken, work, zero_ptr, epilogue, steps, 0, P)),
+            (_consume, (taken, work, zero_ptr, epilogue, steps, 1, P)),
+            (produce, (filled, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps, P)),
         ],
         [4, 1],
         _REGISTERS,

@@ -5,6 +5,10 @@ parameters of the whole super-block, and the activations of up to a tile's token
 it with bulk copies; each warpgroup takes its row tiles from there, as operands of the matrix
 instruction, and the scales that multiply sums. A slot is full when all its bytes have come, and
 empty when both warpgroups say so.
+
+A ring is a tuple of buffers, for every slot: words of codes, scales and zero points of each row
+tile, activations x and their scales; then the barriers that are passed when a slot is full, and
+when it is empty. What a problem has not is 0.
 """
 
 from __future__ import annotations
@@ -28,6 +32,9 @@ from moelten.kernels.hopper_fragments import (
 )
 from moelten.kernels.hopper_schedule import WideVariant, box_rows
 
+_WORDS, _SCALES, _ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+X, _X_SCALES = gl.constexpr(3), gl.constexpr(4)
+_FULL, _EMPTY = gl.constexpr(5), gl.constexpr(6)
 OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
 # Its name in later Tritons, and in 3.6.
 _bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -137,10 +144,29 @@ def _hand_over(work, expert, first, stop, row_tile):
 
 
 @gluon.jit
-def take_work(work, full, turn, P: gl.constexpr):
+def place_of(turn, P: gl.constexpr):
+    """The slot of a turn, and the phase of its barriers."""
+    return turn % P.variant.slots, turn // P.variant.slots & 1
+
+
+@gluon.jit
+def wait_until_full(ring, place, pred=True):
+    """The slot of a place, when what belongs there has come."""
+    slot, phase = place
+    mbarrier.wait(ring[_FULL].index(slot), phase, pred=pred)
+    return slot
+
+
+@gluon.jit
+def leave(ring, slot):
+    """A warpgroup does not need what is in a slot any more."""
+    mbarrier.arrive(ring[_EMPTY].index(slot))
+
+
+@gluon.jit
+def take_work(ring, work, turn, P: gl.constexpr):
     """The piece of work that begins with the stage of a turn; no expert if there is no more."""
-    slot = turn % P.variant.slots
-    mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
+    slot = wait_until_full(ring, place_of(turn, P))
     L: gl.constexpr = _work_layout(gl.num_warps())
     words = work.index(slot).load(L)
     i = gl.arange(0, 4, L)
@@ -171,10 +197,10 @@ def find_zeros(zero_ptr, expert, row_tile, P: gl.constexpr):
 
 
 @gluon.jit
-def _wait_until_empty(empty, turn, P: gl.constexpr):
+def _wait_until_empty(ring, turn, P: gl.constexpr):
     """Wait until nobody needs what is in the slot of a turn."""
     slot = turn % P.variant.slots
-    mbarrier.wait(empty.index(slot), turn // P.variant.slots & 1 ^ 1)
+    mbarrier.wait(ring[_EMPTY].index(slot), turn // P.variant.slots & 1 ^ 1)
 
 
 @gluon.jit
@@ -213,13 +239,14 @@ def _look_up(tiles_ptr, max_tiles, index, P: gl.constexpr):
 
 @gluon.jit
 def _fill(
-    w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales, full, empty, turn,
-    expert, first, row_tile, positions, steps, UNITS: gl.constexpr, P: gl.constexpr,
+    ring, boxes, turn, expert, first, row_tile, positions, steps,
+    UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Bring one piece of work of so many units of tokens, stage after stage.
 
     The slot of `turn` is empty, before as after.
     """
+    w_desc, s_desc, z_desc, x_desc, u_desc = boxes
     UNIT: gl.constexpr = P.variant.unit
     W_ROWS: gl.constexpr = w_desc.block_shape[0]
     S_ROWS: gl.constexpr = 0 if s_desc is None else P.scale_rows
@@ -233,46 +260,44 @@ def _fill(
     )
     for step in range(steps):
         slot = turn % P.variant.slots
-        bar = full.index(slot)
+        bar = ring[_FULL].index(slot)
         mbarrier.expect(bar, BYTES)
         for tile in gl.static_range(TILES):
             # Past the last row tile, that again; its results are not stored.
             matrix = expert * P.row_tiles + gl.minimum(row_tile + tile, P.row_tiles - 1)
             row = matrix * (P.chunks * W_ROWS // STAGE) + step * W_ROWS
-            _bring(w_desc, [row, 0], bar, words.index(slot * TILES + tile))
+            _bring(w_desc, [row, 0], bar, ring[_WORDS].index(slot * TILES + tile))
             block = matrix * P.super_blocks + step * STAGE // 4
             if s_desc is not None:
-                to = scales.index(slot * TILES + tile)
+                to = ring[_SCALES].index(slot * TILES + tile)
                 _bring(s_desc, [block * P.scale_rows, 0], bar, to)
             if z_desc is not None:
-                to = zeros.index(slot * TILES + tile)
+                to = ring[_ZEROS].index(slot * TILES + tile)
                 _bring(z_desc, [block * Z_ROWS, 0], bar, to)
         for c in gl.static_range(STAGE):
             for unit in gl.static_range(UNITS):
-                tokens = x.index(slot * STAGE + c).slice(unit * UNIT, UNIT, 0)
+                tokens = ring[X].index(slot * STAGE + c).slice(unit * UNIT, UNIT, 0)
                 at = [first + unit * UNIT, (step * STAGE + c) * 64]
                 _bring(x_desc, at, bar, tokens)
         for g in gl.static_range(X_GROUPS):
             # Of all the block's tokens; what others there are adds to sums that are not stored.
             row = (step * X_GROUPS + g) * positions + first
-            _bring(u_desc, [row, 0], bar, x_scales.index(slot * X_GROUPS + g))
+            _bring(u_desc, [row, 0], bar, ring[_X_SCALES].index(slot * X_GROUPS + g))
         turn += 1
-        _wait_until_empty(empty, turn, P)
+        _wait_until_empty(ring, turn, P)
     return turn
 
 
 @gluon.jit
-def produce(arguments, P: gl.constexpr):
+def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps, P: gl.constexpr):
     """Fill the ring while there are pieces of work.
+
+    boxes: descriptors of words, scales, zero points, activations and their scales; or None
 
     Where products are the limit, pieces take as long as their tokens: each program takes the next
     one, by a counter, when it has room for it. Where memory is, pieces take turns, as on H200 all
     are read 5 % sooner than by the counter; and what is next is looked up a piece ahead.
     """
-    (
-        w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales, work, full,
-        empty, tiles_ptr, count_ptr, max_tiles, positions, steps,
-    ) = arguments  # fmt: skip
     TURNS: gl.constexpr = P.variant.by_warp
     COUNTER: gl.constexpr = 1 if P.ordered else 2
     UNIT: gl.constexpr = P.variant.unit
@@ -291,17 +316,14 @@ def produce(arguments, P: gl.constexpr):
         units = (stop - first + UNIT - 1) // UNIT
         for n in gl.static_range(1, MOST + 1):
             if units == n:
-                turn = _fill(
-                    w_desc, s_desc, z_desc, x_desc, u_desc, words, scales, zeros, x, x_scales,
-                    full, empty, turn, expert, first, row_tile, positions, steps, n, P,
-                )  # fmt: skip
+                turn = _fill(ring, boxes, turn, expert, first, row_tile, positions, steps, n, P)
         if not TURNS:
             # Programs begin with a piece each, which nobody counted.
             index = gl.num_programs(0) + _count(count_ptr + COUNTER)
             piece = _look_up(tiles_ptr, max_tiles, index, P)
     slot = turn % P.variant.slots
     _hand_over(work.index(slot), -1, 0, 0, 0)
-    mbarrier.arrive(full.index(slot))
+    mbarrier.arrive(ring[_FULL].index(slot))
 
 
 # Taking -------------------------------------------------------------------------------------------
@@ -388,7 +410,7 @@ def _for_quads(words, SPREAD: gl.constexpr):
 
 @gluon.jit
 def take_weights(
-    words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr,
+    ring, zero, slot, tile: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr,
     OPERAND: gl.constexpr,
 ):  # fmt: skip
     """Operands [4 warps, 16, 64] of a row tile's chunk, the c-th of its stage.
@@ -398,52 +420,53 @@ def take_weights(
     """
     W: gl.constexpr = P.weights
     LOADS: gl.constexpr = W.code.bits // 4
-    w = words.index(slot * P.variant.tiles + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
+    w = ring[_WORDS].index(slot * P.variant.tiles + tile).slice(c * (16 * LOADS), 16 * LOADS, 0)
     w = w.load(_code_layout(LOADS)).reshape([LOADS, 4, 128]).permute((1, 0, 2))
     w = gl.convert_layout(w, load_layout(4, LOADS), assert_trivial=True)
     s = 0
     if W.scale == "fold":
         s = _for_quads(
-            _take(scales.index(slot * P.variant.tiles + tile), chunk, P.words, P.spread), P.spread
+            _take(ring[_SCALES].index(slot * P.variant.tiles + tile), chunk, P.words, P.spread),
+            P.spread,
         )
     if W.zeros is not None and W.group != 0:
         WORDS: gl.constexpr = 2 if W.group == 32 else 1
         zero = _for_quads(
-            _take(zeros.index(slot * P.variant.tiles + tile), chunk, WORDS, False), False
+            _take(ring[_ZEROS].index(slot * P.variant.tiles + tile), chunk, WORDS, False), False
         )
         zero = zero >> chunk_zero(chunk, W)[1]
     return operands(w, s, zero, W, OPERAND)
 
 
 @gluon.jit
-def take_stage(words, scales, zeros, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+def take_stage(ring, zero, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
     """`take_weights` of a stage's chunks, of which `chunk` is the first: their registers."""
     STAGE: gl.constexpr = P.variant.stage
     a = ()
     for c in gl.static_range(STAGE):
-        own = take_weights(words, scales, zeros, zero, slot, tile, chunk + c, c, P, gl.uint32)
+        own = take_weights(ring, zero, slot, tile, chunk + c, c, P, gl.uint32)
         a = a + (own,)
     return a
 
 
 @gluon.jit
 def take_token_scales(
-    x_scales, slot, group: gl.constexpr, at: gl.constexpr, L: gl.constexpr, P: gl.constexpr
+    ring, slot, group: gl.constexpr, at: gl.constexpr, L: gl.constexpr, P: gl.constexpr
 ):
     """fp32 [1, tokens] of a unit, from the at-th of the block on, for a group of a stage.
 
     L: the layout of the sums [64, tokens]
     """
-    words = x_scales.index(slot * P.variant.x_groups + group).slice(at, P.variant.unit, 0)
+    words = ring[_X_SCALES].index(slot * P.variant.x_groups + group).slice(at, P.variant.unit, 0)
     return words.slice(0, 1, 1).permute((1, 0)).load(L)
 
 
 @gluon.jit
-def take_scale(scales, slot, tile: gl.constexpr, chunk, group: gl.constexpr, P: gl.constexpr):
+def take_scale(ring, slot, tile: gl.constexpr, chunk, group: gl.constexpr, P: gl.constexpr):
     """fp32 [64], in the order of a row tile's rows: the scales of a group of a chunk."""
     W: gl.constexpr = P.weights
     TYPE: gl.constexpr = P.scale_type
-    own = scales.index(slot * P.variant.tiles + tile)
+    own = ring[_SCALES].index(slot * P.variant.tiles + tile)
     if W.scale == "block":
         # Two groups of a super-block, two numbers each, which all lanes have.
         L: gl.constexpr = scale_layout(4, 2)

@@ -12,15 +12,19 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_products import SUMS, TOKENS, multiply
 from moelten.kernels.hopper_ring import (
+    X,
     find_zeros,
+    leave,
+    place_of,
     take_scale,
     take_stage,
     take_token_scales,
+    wait_until_full,
 )
 
 
@@ -50,11 +54,11 @@ def _times(acc, rows):
 
 
 @gluon.jit
-def _times_tokens(acc, x_scales, slot, valid, P: gl.constexpr):
+def _times_tokens(acc, ring, slot, valid, P: gl.constexpr):
     """Every token's sums times a number of its own, if those of the slot are valid."""
     out = ()
     for i in gl.static_range(len(acc)):
-        own = take_token_scales(x_scales, slot, 0, i * TOKENS, SUMS, P)
+        own = take_token_scales(ring, slot, 0, i * TOKENS, SUMS, P)
         out = out + (acc[i] * gl.where(valid, own, 1.0),)
     return out
 
@@ -98,12 +102,12 @@ def _put(items, index: gl.constexpr, item):
 
 @gluon.jit
 def warpgroup_sums(
-    words, scales, zeros, x, x_scales, full, empty, turn, zero_ptr, expert, row_tile, steps,
+    ring, turn, zero_ptr, expert, row_tile, steps,
     group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Sums [64, 16] of a warpgroup's row tiles, tile after tile, of so many times 16 tokens.
 
-    x: where the slots' activations begin (`hopper_products.find`)
+    ring: with a number for the activations: where they begin (`hopper_products.find`)
 
     Row tiles take turns, group after group. While one multiplies, the one whose turn is next is
     decoded, and its sums are brought to its next scales.
@@ -111,58 +115,52 @@ def warpgroup_sums(
     TILES: gl.constexpr = P.variant.each
     FIRST: gl.constexpr = TILES * group
     TURNS: gl.constexpr = TILES * P.groups
-    slot = turn % P.variant.slots
     start = turn * 0
-    mbarrier.wait(full.index(slot), turn // P.variant.slots & 1)
+    slot = wait_until_full(ring, place_of(turn, P))
     zero = find_zeros(zero_ptr, expert, row_tile, P)
     acc = ()
     unit = ()
     for t in gl.static_range(TILES):
         acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
-        unit = unit + (_first_unit(scales, slot, FIRST + t, start, P),)
-    first = take_stage(words, scales, zeros, zero[0], slot, FIRST, start, P)
+        unit = unit + (_first_unit(ring, slot, FIRST + t, start, P),)
+    first = take_stage(ring, zero[0], slot, FIRST, start, P)
     for step in range(steps):
         slot = turn % P.variant.slots
         chunk = step * P.variant.stage
-        next_slot = (turn + 1) % P.variant.slots
-        next_phase = (turn + 1) // P.variant.slots & 1
+        next_place = place_of(turn + 1, P)
         more = step + 1 < steps
         a = (first,)
         for i in gl.static_range(TURNS):
-            now = _multiply(acc[i % TILES], a[i % TILES], x, slot, i // TILES, P)
+            now = _multiply(acc[i % TILES], a[i % TILES], ring[X], slot, i // TILES, P)
             if i + 1 < TURNS:
                 if P.scaled:
                     scale = take_scale(
-                        scales, slot, FIRST + (i + 1) % TILES, chunk, (i + 1) // TILES, P
+                        ring, slot, FIRST + (i + 1) % TILES, chunk, (i + 1) // TILES, P
                     )  # fmt: skip
                     sums, own = _rescale(acc[(i + 1) % TILES], unit[(i + 1) % TILES], scale)
                     if P.variant.grouped:
-                        sums = _times_tokens(sums, x_scales, slot, steps > 0, P)
+                        sums = _times_tokens(sums, ring, slot, steps > 0, P)
                     acc = _put(acc, (i + 1) % TILES, sums)
                     unit = _put(unit, (i + 1) % TILES, own)
                 if i + 1 < TILES:
-                    tile = take_stage(
-                        words, scales, zeros, zero[i + 1], slot, FIRST + i + 1, chunk, P
-                    )
+                    tile = take_stage(ring, zero[i + 1], slot, FIRST + i + 1, chunk, P)
                     a = a + (tile,)
                     turn = _end_block(turn)
             else:
-                mbarrier.wait(full.index(next_slot), next_phase, pred=more)
+                next_slot = wait_until_full(ring, next_place, more)
                 if P.scaled:
                     after = gl.minimum(chunk + P.variant.stage, P.chunks - 1)
-                    scale = take_scale(scales, next_slot, FIRST, after, 0, P)
+                    scale = take_scale(ring, next_slot, FIRST, after, 0, P)
                     # After the last stage a slot holds anything.
                     sums, own = _rescale(acc[0], unit[0], gl.where(more, scale, unit[0]))
                     if P.variant.grouped:
-                        sums = _times_tokens(sums, x_scales, next_slot, more, P)
+                        sums = _times_tokens(sums, ring, next_slot, more, P)
                     acc = _put(acc, 0, sums)
                     unit = _put(unit, 0, own)
-                first = take_stage(
-                    words, scales, zeros, zero[0], next_slot, FIRST, chunk + P.variant.stage, P
-                )
+                first = take_stage(ring, zero[0], next_slot, FIRST, chunk + P.variant.stage, P)
                 turn = _end_block(turn)
             acc = _put(acc, i % TILES, warpgroup_mma_wait(0, deps=now))
-        mbarrier.arrive(empty.index(slot))
+        leave(ring, slot)
         turn += 1
     out = ()
     for t in gl.static_range(TILES):
@@ -171,10 +169,10 @@ def warpgroup_sums(
 
 
 @gluon.jit
-def _first_unit(scales, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+def _first_unit(ring, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
     """The first scales; a first group of zeros has some unit, less than any that follows."""
     if P.scaled:
-        unit = take_scale(scales, slot, tile, chunk, 0, P)
+        unit = take_scale(ring, slot, tile, chunk, 0, P)
         return gl.where(unit == 0, 1.1754943508222875e-38, unit)
     else:
         return 0
