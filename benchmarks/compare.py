@@ -1,11 +1,11 @@
 """Time trees of the package beside each other: `python benchmarks/compare.py OLD NEW --points ...`.
 
 Needs a GPU. A tree is a folder with the package, as `git archive COMMIT moelten | tar x -C FOLDER`
-makes one; TREE,NAME=VALUE sets variables of the environment for it. A point is
-shape:scheme:tokens,tokens. Each tree has a process of its own, which holds the same layer; all
-compile side by side, and then are timed in turns, twice, in short bursts over cold weights, so that
-what the machine does meanwhile is the same for all. Printed are the medians of each turn in
-microseconds, and the outputs' norms where they differ.
+makes one, that has `GpuLayer.capture`; it times itself by its own bench. TREE,NAME=VALUE sets
+variables of the environment for it. A point is shape:scheme:tokens,tokens. Each tree has a process
+of its own, which holds the same layer; all compile side by side, and then are timed in turns,
+twice, in short bursts over cold weights, so that what the machine does meanwhile is the same for
+all. Printed are the medians of each turn in microseconds, and the outputs' norms where they differ.
 
 Nothing is checked or recorded: that is what tests and `moelten bench` are for.
 """
@@ -82,7 +82,7 @@ def work() -> None:
     from moelten.formats import scheme
 
     layer: Any = None
-    held: Any = None  # the graph, and what it reads and writes
+    held: Any = None
     for line in sys.stdin:
         what, *of = json.loads(line)
         answer: Any = None
@@ -92,34 +92,13 @@ def work() -> None:
             layer = bench_gpu.load(scheme(of[1]), SHAPES[of[0]], None, generator)
         elif what == "capture":
             held = None
-            held = capture(layer, of[0])
-            held[0].replay()
-            answer = round(held[-1].float().norm().item(), 4)
+            held = layer.capture(of[0], "uniform")
+            held.graph.replay()
+            answer = round(held.out.float().norm().item(), 4)
         else:
-            times = bench_gpu.time_replays(held[0], SECONDS)
-            answer = statistics.median(times) / len(held[1]) * 1e6
+            times = bench_gpu.time_replays(held.graph, SECONDS)
+            answer = statistics.median(times) / len(held.draws) * 1e6
         print(json.dumps(answer), flush=True)
-
-
-def capture(layer: Any, tokens: int) -> tuple[Any, ...]:
-    """A pass of calls over cold weights, as `moelten bench` has it; graph first, output last."""
-    import torch
-
-    from moelten.commands import bench_gpu
-
-    draws = [layer.draw(tokens, "uniform") for _ in range(bench_gpu.num_calls(tokens, 1))]
-    fewest = min(draw.active_experts() for draw in draws)
-    copies = layer._copies(fewest * layer.packed.nbytes // layer.shape.num_experts)
-    more = bench_gpu.num_calls(tokens, len(copies)) - len(draws)
-    draws += [layer.draw(tokens, "uniform") for _ in range(more)]
-    out = torch.empty_like(draws[0].x)
-    layer.run(draws[0], layer.packed, out)  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index, draw in enumerate(draws):
-            layer.run(draw, copies[index % len(copies)], out)
-    return graph, draws, copies, out
 
 
 def main() -> None:

@@ -162,7 +162,6 @@ def test_scales_of_activations_that_differ(request, name, kind):
     sizes = {"hidden_size": 640 + ragged, "intermediate_size": 384 + ragged}
     case = Case(scheme(name), num_experts=3, **sizes)
     weights = make_weights(case)
-    # Hidden elements differ as much: rows of up, in groups of columns of w2.
     g = torch.Generator().manual_seed(6)
     for tokens in (7, 60, 200) if kind == "wide" else (7, 20):
         x, routing = make_input(replace(case, tokens=tokens))

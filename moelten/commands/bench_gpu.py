@@ -17,10 +17,12 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from moelten.commands.bench_bursts import time_burst
 from moelten.commands.bench_records import Ceilings, Record, Timing, relative_error
 from moelten.commands.bench_workload import (
+    Draw,
     Layer,
     Shape,
     derive_experts,
@@ -77,6 +79,16 @@ def num_calls(tokens: int, copies: int) -> int:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """A graph of calls, and all that they read and write."""
+
+    graph: torch.cuda.CUDAGraph
+    draws: list[Draw]
+    copies: list[PackedExperts]
+    out: Tensor
+
+
+@dataclass(frozen=True)
 class GpuLayer(Layer):
     """Packed experts, and the copies of them that short calls walk through."""
 
@@ -94,7 +106,8 @@ class GpuLayer(Layer):
         finally:
             torch.cuda.empty_cache()
 
-    def _time(self, tokens: int, routing: str, seconds: float) -> Timing:
+    def capture(self, tokens: int, routing: str) -> Pass:
+        """A pass of calls, each with a draw of its own and the next copy of the weights."""
         draws = [self.draw(tokens, routing) for _ in range(num_calls(tokens, 1))]
         fewest = min(draw.active_experts() for draw in draws)
         copies = self._copies(fewest * self.packed.nbytes // self.shape.num_experts)
@@ -109,6 +122,11 @@ class GpuLayer(Layer):
             for index, draw in enumerate(draws):
                 self.run(draw, copies[index % len(copies)], out)
         graph.instantiate()
+        return Pass(graph, draws, copies, out)
+
+    def _time(self, tokens: int, routing: str, seconds: float) -> Timing:
+        held = self.capture(tokens, routing)
+        graph, draws, out = held.graph, held.draws, held.out
         times = time_replays(graph, seconds)
         out.fill_(torch.nan)
         graph.replay()
@@ -119,7 +137,7 @@ class GpuLayer(Layer):
             relative_error(self.packed, draws[-1], out, _CHECKED_ELEMENTS),
             {
                 "launches": None if launches is None else round(launches / len(draws), 1),
-                "weight_copies": len(copies),
+                "weight_copies": len(held.copies),
                 "calls": len(draws),
             },
         )

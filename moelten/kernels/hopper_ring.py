@@ -270,7 +270,7 @@ def _fill(
             block = matrix * P.super_blocks + step * STAGE // 4
             if s_desc is not None:
                 to = ring[_SCALES].index(slot * TILES + tile)
-                _bring(s_desc, [block * P.scale_rows, 0], bar, to)
+                _bring(s_desc, [block * S_ROWS, 0], bar, to)
             if z_desc is not None:
                 to = ring[_ZEROS].index(slot * TILES + tile)
                 _bring(z_desc, [block * Z_ROWS, 0], bar, to)
