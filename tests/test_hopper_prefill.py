@@ -55,10 +55,10 @@ CASES: dict[str, tuple[Format, str]] = {
 SCARCE = ("nvfp4", "int4g128z", "int4g32", "int4g128", "int8")
 
 
-def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, grouped=False):
+def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, grouped=False, rows=2048):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, scales of rows) as `prefill_gemm` calls it."""
     given = storage(fmt, operand)
-    stored = given.folded or given
+    stored = given if grouped else given.folded or given
     kind, scale = stored.code.operand, scale_name(fmt, stored)
     variant = choose(stored, scale)
     if grouped:
@@ -81,8 +81,8 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, groupe
         "steps": "i32",
     }
     activation = "swiglu" if halves == 2 else "none"
-    problem = Problem(2048, 4096, halves, scale, activation, False, halves == 2, variant)
-    return compile_kernel(prefill_kernel, types, {"P": problem}, num_warps=4)
+    problem = Problem(rows, 4096, halves, scale, activation, False, halves == 2, variant)
+    return compile_kernel(prefill_kernel, types, {"P": problem}, num_warps=8)
 
 
 # GEMM1 of every kind of codes; GEMM2, which differs in its epilogue, where registers are scarcest.
@@ -104,7 +104,7 @@ def test_machine_code(name, halves, choose, grouped):
     assert "setmaxnreg" in kernel.asm["ptx"]
     listing = listing_of(kernel.asm["cubin"])
     bodies = [listing[loop] for loop in innermost(loops(listing, "HGMMA"))]
-    # Two warpgroups, each with a loop for every 16 tokens from 64 on.
+    # Both warpgroups run the same loops, one for every 16 tokens from 64 on.
     widths: list[set[int]] = []
     for body in bodies:
         names = operations(body)
@@ -114,11 +114,24 @@ def test_machine_code(name, halves, choose, grouped):
         assert all(re.search(r"HGMMA\S+ R\d+, R\d+, gdesc", line) for line in products)
         assert not {"LDL", "STL"} & set(names)
         assert names.count("PRMT") <= (8 if choose is narrow_variant else 4)
-        # Products wait for each other at most twice a group, not one by one.
-        waits = sum("DEPBAR" in line for line in body)
-        assert waits <= len(products) // 2 and waits <= 6
+        # One band is waited for while the next one multiplies; for all once a stage.
+        waits = [line for line in body if "WARPGROUP.DEPBAR" in line]
+        assert sum("gsb0, 0x0" in line for line in waits) <= 2
+        assert len(waits) <= 5 and len(waits) < len(products)
+        # Warpgroups do not wait for each other.
+        assert "BAR" not in [name for line in body if "SYNC" in line for name in operations([line])]
     most = 64 if choose is narrow_variant else 128
-    assert widths == [{n} for n in range(64, most + 1, 16)] * 2
+    assert widths == [{n} for n in range(64, most + 1, 16)]
+
+
+@pytest.mark.parametrize("name, grouped", [("mxfp4", False), ("fp8block", True)])
+def test_machine_code_of_rests(name, grouped):
+    """Half a piece has a loop of its own, of half as many products; no other one changes."""
+    kernel = compiled(*CASES[name], 1, wide_variant, grouped, rows=2880)
+    listing = listing_of(kernel.asm["cubin"])
+    bodies = [operations(listing[loop]) for loop in innermost(loops(listing, "HGMMA"))]
+    assert sorted(body.count("HGMMA") for body in bodies) == [8, 16, 16, 16, 16, 16]
+    assert not any({"LDL", "STL"} & set(body) for body in bodies)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +150,8 @@ def test_machine_code_of_warps(name, grouped):
     # The loop over pieces of work has an activation, and need not be around all others.
     bodies = [body for body in bodies if "MUFU" not in body]
     stage = warp_variant(storage(*CASES[name]), "").stage
-    # Two warpgroups, each with four widths of tiles; two row tiles, chunks of four products.
-    assert len(bodies) == 8
-    assert [b.count("HMMA") for b in bodies] == [8 * stage * n for n in (1, 2, 3, 4)] * 2
+    # Four widths of tiles; two bands, chunks of four products.
+    assert sorted(b.count("HMMA") for b in bodies) == [8 * stage * n for n in (1, 2, 3, 4)]
     for body in bodies:
         assert not {"LDL", "STL", "PRMT"} & set(body)
         assert body.count("LDSM") == body.count("HMMA") // 4
@@ -172,7 +184,7 @@ def test_which_kernel_runs():
         (MXFP4(), {5: 0, 11: 0, 12: 32, 24: 32, 25: 64, 56: 64, 57: 128}),
         (Int4(32), {5: 0, 6: 32, 24: 32, 25: 64, 56: 64, 57: 128}),
         (Int4(32, zero_point=True), {5: 0, 6: 32, 44: 32, 45: 128}),
-        (Int4(128), {5: 0, 6: 32, 24: 32, 25: 128}),
+        (Int4(128), {5: 0, 6: 32, 24: 32, 25: 64, 56: 64, 57: 128}),
         (FP8((128, 128)), {9: 0, 10: 32, 24: 32, 25: 128}),
         (Float("bfloat16"), {11: 0, 12: 128}),
     ):

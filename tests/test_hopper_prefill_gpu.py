@@ -24,7 +24,12 @@ import moelten
 from moelten import SwiGLU, reference
 from moelten.formats import BF16, FP8, Int4, Scheme, scheme
 from moelten.kernels import arena, hopper
-from moelten.kernels.hopper_schedule import narrow_variant, warp_variant, wide_variant
+from moelten.kernels.hopper_schedule import (
+    narrow_variant,
+    warp_variant,
+    wide_variant,
+    with_groups,
+)
 from moelten.routing import Routing
 
 pytestmark = pytest.mark.gpu
@@ -35,9 +40,13 @@ TOKENS = (1, 3, 40, 100, 190, 260, 300, 340, 420, 900)
 def only(monkeypatch, variant):
     """All numbers of tokens take one variant of the kernel for many."""
     prepared = (arena._prepare, arena._measure)
-    monkeypatch.setattr(
-        hopper, "choose_wide", lambda stored, *sizes: variant(stored.folded or stored, sizes[0])
-    )
+
+    def choose(stored, scale_type, *sizes, grouped=False):
+        if grouped:
+            return with_groups(variant(stored, scale_type), scale_type)
+        return variant(stored.folded or stored, scale_type)
+
+    monkeypatch.setattr(hopper, "choose_wide", choose)
     for function in prepared:
         function.cache_clear()
     yield

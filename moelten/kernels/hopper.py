@@ -39,7 +39,6 @@ from moelten.kernels.hopper_schedule import (
     make_variant,
     split_rows,
     type_name,
-    with_groups,
 )
 from moelten.kernels.triton import activation_arguments
 from moelten.packed import ACTIVATION_TABLE, PackedExperts
@@ -118,10 +117,9 @@ class HopperBackend(ArenaBackend):
         weights, plain = spec.scheme.weights, isinstance(fmt, Float)
         own = fmt.data_dtype if plain else torch.bfloat16  # which holds every code of 8 bits
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
-        variant = choose_wide(stored, scale_type, pairs, experts, (hidden_size, inter))
         grouped = _grouped(fmt)
-        if variant and grouped:
-            variant = with_groups(variant, scale_type)
+        sizes = pairs, experts, (hidden_size, inter)
+        variant = choose_wide(stored, scale_type, *sizes, grouped=grouped)
         block = variant.block if variant else block_of(pairs, experts)
         unit = variant.unit if variant else block
         dtype = _DTYPES[variant.weights.code.operand] if variant else own

@@ -361,6 +361,14 @@ class Storage:
         return self.scale in ("group", "block")
 
     @property
+    def in_units(self) -> bool:
+        """Whether sums may be kept in units of the scale at hand.
+
+        Groups of 128 do not fold beside activations with scales for as many columns.
+        """
+        return self.scales_sums and (self.folded is None or self.group == 128)
+
+    @property
     def by_chunk(self) -> bool:
         """Whether a word has the scales of both blocks of a chunk, not those of one group."""
         return self.pairs is not None and self.pairs.registers == 2
@@ -402,7 +410,7 @@ def storage(fmt: Format, operand: str) -> Storage:
     if isinstance(fmt, Int4) and (operand, fmt.zero_point) in _INT4 and group in _INT4_GROUPS:
         zeros = _ZEROS[operand] if fmt.zero_point else None
         folded = None
-        if group in (32, 64) and not fmt.zero_point and fmt.scale == "bfloat16":
+        if group in (32, 64, 128) and not fmt.zero_point and fmt.scale == "bfloat16":
             folded = Storage(INT4_FP16_SCALED, "fold", group, BF16_PAIR)
         code = _INT4[operand, fmt.zero_point]
         return Storage(code, where, group or 0, zeros=zeros, folded=folded)

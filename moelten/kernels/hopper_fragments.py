@@ -105,14 +105,14 @@ def sum_layout(warps, tokens):
 
 @gluon.jit
 def _registers(d, LOADS: gl.constexpr):
-    """The registers of operands [4 warps, 16, 64] as uint32 [64, 32]: rows, and j t s c."""
+    """The registers of operands [warps, 16, 64] as uint32 [rows, 32]: rows, and j t s c."""
     if LOADS == 1:  # axes warp load g t b c, j s
         a = gl.join(gl.join(d[0], d[1]), gl.join(d[2], d[3])).permute((0, 4, 2, 1, 5, 7, 3, 6))
     elif LOADS == 2:  # warp c g t b s, j
         a = gl.join(d[0], d[1]).permute((0, 4, 2, 1, 5, 3, 6))
     else:  # warp cs g t b j
         a = d[0].permute((0, 4, 2, 1, 3, 5))
-    return a.reshape([64, 32])
+    return a.reshape([16 * a.shape[0], 32])
 
 
 @gluon.jit
@@ -226,10 +226,10 @@ def floats(words, W: gl.constexpr, TYPE: gl.constexpr):
 
 @gluon.jit
 def no_sums(COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """So many tensors of sums of a row tile, [64, tokens], before anything is added."""
+    """So many tensors of sums of a band, [128, tokens], before anything is added."""
     sums = ()
     for _ in gl.static_range(COUNT):
-        sums = sums + (gl.zeros([64, TOKENS], gl.float32, LAYOUT),)
+        sums = sums + (gl.zeros([128, TOKENS], gl.float32, LAYOUT),)
     return sums
 
 

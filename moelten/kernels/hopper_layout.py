@@ -92,7 +92,7 @@ class HopperLayout:
     """
 
     operand: str = "bf16"
-    version: int = 3
+    version: int = 4
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ class HopperLayout:
     def pack(self, matrix: QTensor) -> dict[str, Tensor]:
         stored = storage(matrix.format, self.operand)
         _check(matrix, stored)
-        if stored.scales_sums and stored.folded is None:
+        if stored.in_units:
             _check_spans(matrix)
             matrix = _silence(matrix)
         parts = {"data": _pack_data(matrix, stored.code)}

@@ -1,6 +1,6 @@
 """Sums of a tile by instructions of single warps: for a few tokens of each expert, in Gluon.
 
-A warp multiplies 16 rows of either row tile by 8 tokens at a time, so that a tile costs what its
+A warp multiplies 16 rows of either band by 8 tokens at a time, so that a tile costs what its
 tokens cost, in steps of 8. Nothing is in flight behind the code: two warps share each quarter of a
 multiprocessor, and one multiplies while the other decodes.
 """
@@ -11,19 +11,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from moelten.kernels.hopper_fragments import halves, no_sums
-from moelten.kernels.hopper_ring import (
-    X,
+from moelten.kernels.hopper_bands import (
     find_zeros,
-    leave,
-    place_of,
     take_scale,
     take_token_scales,
     take_weights,
-    wait_until_full,
 )
+from moelten.kernels.hopper_fragments import halves, no_sums
+from moelten.kernels.hopper_ring import X, leave, place_of, wait_until_full
 
-WARP_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [4, 1], [16, 8]))
+WARP_SUMS = gl.constexpr(gl.NVMMADistributedLayout([2, 0], [8, 1], [16, 8]))
 _LEFT = gl.constexpr(gl.DotOperandLayout(0, WARP_SUMS.value, 2))
 _RIGHT = gl.constexpr(gl.DotOperandLayout(1, WARP_SUMS.value, 2))
 
@@ -40,10 +37,10 @@ def _take_tokens(ring, slot, c: gl.constexpr, UNITS: gl.constexpr, P: gl.constex
 
 @gluon.jit
 def _dot(acc, a, b, group: gl.constexpr, P: gl.constexpr):
-    """acc + a row tile's chunk, [4 warps, 16, 64], or a group of it, @ b."""
+    """acc + a band's chunk, [8 warps, 16, 64], or a group of it, @ b."""
     if P.groups == 2:
         a = halves(a)[group]
-    a = gl.convert_layout(a.reshape([64, 64 // P.groups]), _LEFT, assert_trivial=True)
+    a = gl.convert_layout(a.reshape([128, 64 // P.groups]), _LEFT, assert_trivial=True)
     out = ()
     for i in gl.static_range(len(acc)):
         right = b[i]
@@ -56,7 +53,7 @@ def _dot(acc, a, b, group: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit
 def _add(acc, part, scale, ring, slot, group: gl.constexpr, P: gl.constexpr):
-    """acc + part, whose rows are times a scale, [64], and tokens times their own, if any."""
+    """acc + part, whose rows are times a scale, [128], and tokens times their own, if any."""
     rows = gl.convert_layout(scale, gl.SliceLayout(1, WARP_SUMS), assert_trivial=True)
     rows = rows.expand_dims(1)
     out = ()
@@ -71,10 +68,10 @@ def _add(acc, part, scale, ring, slot, group: gl.constexpr, P: gl.constexpr):
 
 @gluon.jit
 def _add_chunk(
-    acc, part, a, b, ring, slot, tile: gl.constexpr, chunk, c: gl.constexpr,
+    acc, part, a, b, ring, slot, band: gl.constexpr, chunk, c: gl.constexpr,
     UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums of a row tile, and products that wait for the scales of their group, after a chunk.
+    """Sums of a band, and products that wait for the scales of their group, after a chunk.
 
     chunk: the c-th of its stage
     """
@@ -84,7 +81,7 @@ def _add_chunk(
         for g in gl.static_range(GROUPS):
             part = _dot(part, a, b, g, P)
             if (c + 1) % SPAN == 0:
-                scale = take_scale(ring, slot, tile, chunk, g, P)
+                scale = take_scale(ring, slot, band, chunk, g, P)
                 acc = _add(acc, part, scale, ring, slot, c // 2, P)
                 part = no_sums(UNITS, 8, WARP_SUMS)
         return acc, part
@@ -95,17 +92,15 @@ def _add_chunk(
 @gluon.jit
 def warp_sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
-    group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+    UNITS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [64, 8] of a warpgroup's row tiles, tile after tile, of so many times 8 tokens."""
-    TILES: gl.constexpr = P.variant.each
-    FIRST: gl.constexpr = TILES * group
+    """Sums [128, 8] of a piece's first bands, band after band, of so many times 8 tokens."""
     STAGE: gl.constexpr = P.variant.stage
     OPERAND: gl.constexpr = P.operand
     zero = find_zeros(zero_ptr, expert, row_tile, P)
     acc = ()
     none = ()
-    for _ in gl.static_range(TILES):
+    for _ in gl.static_range(BANDS):
         acc = acc + (no_sums(UNITS, 8, WARP_SUMS),)
         none = none + (no_sums(UNITS, 8, WARP_SUMS),)
     for step in range(steps):
@@ -116,18 +111,16 @@ def warp_sums(
             b = _take_tokens(ring, slot, c, UNITS, P)
             sums = ()
             rest = ()
-            for t in gl.static_range(TILES):
-                a = take_weights(ring, zero[t], slot, FIRST + t, chunk, c, P, OPERAND)
-                own, waiting = _add_chunk(
-                    acc[t], part[t], a, b, ring, slot, FIRST + t, chunk, c, UNITS, P
-                )
+            for t in gl.static_range(BANDS):
+                a = take_weights(ring, zero[t], slot, t, chunk, c, P, OPERAND)
+                own, waiting = _add_chunk(acc[t], part[t], a, b, ring, slot, t, chunk, c, UNITS, P)
                 sums = sums + (own,)
                 rest = rest + (waiting,)
             acc = sums
             part = rest
-        leave(ring, slot)
+        leave(slot)
         turn += 1
     out = ()
-    for t in gl.static_range(TILES):
+    for t in gl.static_range(BANDS):
         out = out + acc[t]
     return out, turn

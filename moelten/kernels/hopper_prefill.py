@@ -4,8 +4,10 @@
 
 Programs stay on their multiprocessors and walk through pieces of work: `tiles` times 64 rows of one
 expert's matrix by up to `block` of its tokens. One warp brings packed weights and activations
-(`hopper_ring`) while warpgroups share the rows, decode weights in registers and multiply from
-there: by instructions of whole warpgroups for many tokens (`hopper_wgmma`), of single warps for few
+(`hopper_ring`) while two warpgroups, each with one row tile of every band of two, decode weights in
+registers and multiply from there. They run the same instructions: two loops, one each, are more
+than the caches of instructions hold, which on H200 takes up to 40 % of the time. Products are made
+by instructions of whole warpgroups for many tokens (`hopper_wgmma`), of single warps for few
 (`hopper_mma`). Activations come sorted by expert, columns in the order of operands, so that a
 tile's are one block of memory. What a tile costs grows by units of a few tokens.
 """
@@ -18,13 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_fragments import no_sums
-from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
-from moelten.kernels.hopper_products import SUMS, find
-from moelten.kernels.hopper_ring import leave, place_of, produce, take_work, wait_until_full
+from moelten.kernels.hopper_mma import warp_sums
+from moelten.kernels.hopper_products import find
+from moelten.kernels.hopper_ring import produce, take_work
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
-# Registers of a thread of the second warpgroup, and of the producer.
-_REGISTERS = gl.constexpr([232, 40])
+# Of a thread of the producer; those of the warpgroups have what it leaves.
+_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
@@ -35,7 +37,7 @@ def _store(y, out_ptr, first, stop, n0, P: gl.constexpr):
     WIDTH: gl.constexpr = (P.rows + 31) // 32 * 32 if P.ordered else P.rows
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     L: gl.constexpr = gl.BlockedLayout(
-        [1, VECTOR], [32 * VECTOR // OUTPUTS, OUTPUTS // VECTOR], [4, 1], [1, 0]
+        [1, VECTOR], [32 * VECTOR // OUTPUTS, OUTPUTS // VECTOR], [8, 1], [1, 0]
     )
     y = y.to(out_ptr.dtype.element_ty)
     if P.ordered:
@@ -59,18 +61,18 @@ def _opaque(number):
 
 @gluon.jit
 def _together(acc, start: gl.constexpr, COUNT: gl.constexpr):
-    """Some of the sums, [64, tokens], as one tensor."""
+    """Some of the sums, [128, tokens], as one tensor."""
     if COUNT == 1:
         return acc[start]
     else:
         HALF: gl.constexpr = COUNT // 2
         low, high = _together(acc, start, HALF), _together(acc, start + HALF, HALF)
-        return gl.join(low, high).permute((0, 2, 1)).reshape([64, 2 * low.shape[1]])
+        return gl.join(low, high).permute((0, 2, 1)).reshape([128, 2 * low.shape[1]])
 
 
 @gluon.jit
-def _finish_tile(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
-    """What follows the sums of a row tile's block, and `_store`.
+def _finish_band(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
+    """What follows the sums of a band's block, and `_store`.
 
     32 tokens at a time, for which little shared memory and few registers do.
     """
@@ -84,7 +86,7 @@ def _finish_tile(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
     for i in gl.static_range(PARTS):
         at = first + 32 * i
         if at < stop:
-            sums = _together(acc, i * COUNT, COUNT).reshape([4, 2, 8, 32])
+            sums = _together(acc, i * COUNT, COUNT).reshape([8, 2, 8, 32])
             if x_scale_ptr is not None:
                 sums = scale_tokens(sums, x_scale_ptr, at, stop, None, 1)
             y = finish(
@@ -97,72 +99,94 @@ def _finish_tile(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
 @gluon.jit
 def _sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
-    group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+    UNITS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup's half of a piece of work of so many units: a block's sums of each row tile."""
+    """A piece of work of so many units and bands: a block's sums of each band there may be."""
     SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
-    acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, group, UNITS, P)
-    EACH: gl.constexpr = P.variant.each
+    acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, UNITS, BANDS, P)
+    ALL: gl.constexpr = P.variant.bands
     MOST: gl.constexpr = P.most
     UNIT: gl.constexpr = P.variant.unit
     LAYOUT: gl.constexpr = acc[0].type.layout
     none = no_sums(MOST - UNITS, UNIT, LAYOUT)
     out = ()
-    for t in gl.static_range(EACH):
-        out = out + acc[t * UNITS : (t + 1) * UNITS] + none
-    return out, turn
+    for b in gl.static_range(BANDS):
+        out = out + acc[b * UNITS : (b + 1) * UNITS] + none
+    return out + no_sums((ALL - BANDS) * MOST, UNIT, LAYOUT), turn
+
+
+@gluon.jit
+def _sums_of(
+    ring, turn, zero_ptr, expert, row_tile, steps, units, LEAST: gl.constexpr, P: gl.constexpr
+):
+    """`_sums` of all bands and of a number of units, from `LEAST` on, known at run time only."""
+    BANDS: gl.constexpr = P.variant.bands
+    if LEAST == P.most:
+        return _sums(ring, turn, zero_ptr, expert, row_tile, steps, LEAST, BANDS, P)
+    else:
+        if units <= LEAST:
+            acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, LEAST, BANDS, P)
+        else:
+            acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, LEAST + 1, P)
+        return acc, turn
 
 
 @gluon.jit
 def _multiply_piece(
-    ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps,
-    group: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
-    """A warpgroup's half of a piece of work, from `row_tile` on: sums, and what follows them."""
-    EACH: gl.constexpr = P.variant.each
+    ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps, P: gl.constexpr
+):
+    """A piece of work: sums, and what follows them."""
+    BANDS: gl.constexpr = P.variant.bands
     UNIT: gl.constexpr = P.variant.unit
-    LEAST: gl.constexpr = P.least
     MOST: gl.constexpr = P.most
-    LAYOUT: gl.constexpr = WARP_SUMS if P.variant.by_warp else SUMS
-    units = gl.maximum((stop - first + UNIT - 1) // UNIT, LEAST)
+    units = (stop - first + UNIT - 1) // UNIT
     steps = _opaque(steps)
-    acc = no_sums(EACH * MOST, UNIT, LAYOUT)
-    for n in gl.static_range(LEAST, MOST + 1):
-        if units == n:
-            acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, group, n, P)
+    if P.uneven:
+        # Half the bands of the last piece, for which one number of units does.
+        if row_tile + BANDS >= P.row_tiles:
+            acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, MOST, BANDS // 2, P)
+        else:
+            acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, P.least, P)
+    else:
+        acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, P.least, P)
     first, expert = _opaque(first), _opaque(expert).to(gl.int64)
-    for t in gl.static_range(EACH):
-        own = acc[t * MOST : (t + 1) * MOST]
-        _finish_tile(own, epilogue, expert, first, stop, row_tile + t, P)
+    for b in gl.static_range(BANDS):
+        if row_tile + 2 * b < P.row_tiles:
+            own = acc[b * MOST : (b + 1) * MOST]
+            _finish_band(own, epilogue, expert, first, stop, row_tile + 2 * b, P)
     return turn
 
 
 @gluon.jit
-def _pass(ring, turn, steps, P: gl.constexpr):
-    """Let a piece of work go by."""
-    for _ in range(steps):
-        leave(ring, wait_until_full(ring, place_of(turn, P)))
-        turn += 1
-    return turn
-
-
-@gluon.jit
-def _consume(ring, work, zero_ptr, epilogue, steps, group: gl.constexpr, P: gl.constexpr):
-    """A warpgroup's halves of all pieces of work."""
-    EACH: gl.constexpr = P.variant.each
-    # Whether the last row tiles of a matrix leave nothing for the second warpgroup.
-    IDLE: gl.constexpr = group == 1 and P.uneven
+def _consume(ring, work, zero_ptr, epilogue, steps, P: gl.constexpr):
+    """All pieces of work."""
     turn = 0
     expert, first, stop, row_tile = take_work(ring, work, turn, P)
     while expert >= 0:
-        row_tile += EACH * group
-        if not IDLE or row_tile < P.row_tiles:
-            turn = _multiply_piece(
-                ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps, group, P
-            )
-        else:
-            turn = _pass(ring, turn, steps, P)
+        turn = _multiply_piece(
+            ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps, P
+        )
         expert, first, stop, row_tile = take_work(ring, work, turn, P)
+
+
+@gluon.jit
+def _by_band(boxes, desc, P: gl.constexpr):
+    """Boxes of a descriptor, two and two: those of a band's row tiles."""
+    if desc is None:
+        return 0
+    else:
+        COUNT: gl.constexpr = P.variant.slots * P.variant.bands
+        SHAPE: gl.constexpr = [COUNT, 2 * desc.block_shape[0], desc.block_shape[1]]
+        return boxes._reinterpret(desc.dtype, SHAPE, desc.layout)
+
+
+@gluon.jit
+def _words(boxes, desc, P: gl.constexpr):
+    """`_by_band` of words, [2 row tiles, rows, 32]."""
+    COUNT: gl.constexpr = P.variant.slots * P.variant.bands
+    SHAPE: gl.constexpr = [COUNT, 2, desc.block_shape[0], desc.block_shape[1]]
+    L: gl.constexpr = gl.NVMMASharedLayout(128, 32, 3)
+    return boxes._reinterpret(desc.dtype, SHAPE, L)
 
 
 @gluon.jit
@@ -177,21 +201,26 @@ def _room(desc, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _flat(scales, P: gl.constexpr):
-    """Boxes of scales of blocks as 32 words each, of which the first four count."""
-    SHAPE: gl.constexpr = [P.variant.slots * P.variant.tiles, 32]
+def _scales(boxes, desc, P: gl.constexpr):
+    """`_by_band` of scales; of blocks 32 words for each row tile, of which the first four count."""
+    SHAPE: gl.constexpr = [P.variant.slots * P.variant.bands, 2, 32]
     if P.weights.scale == "block":
-        return scales._reinterpret(gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        return boxes._reinterpret(gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     else:
-        return scales
+        return _by_band(boxes, desc, P)
 
 
 @gluon.jit
-def _by_group(x_scales, P: gl.constexpr):
-    """The boxes of scales of activations, in memory's order."""
-    SHAPE: gl.constexpr = [P.variant.slots * P.variant.x_groups, P.variant.block, 4]
+def _by_group(boxes, P: gl.constexpr):
+    """The boxes of scales of activations, in memory's order, and behind them one of ones."""
+    COUNT: gl.constexpr = P.variant.slots * P.variant.x_groups
+    SHAPE: gl.constexpr = [COUNT + 1, P.variant.block, 4]
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [8, 1], [1, 0])
     if P.variant.grouped:
-        return x_scales._reinterpret(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        scales = boxes._reinterpret(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        scales.index(COUNT).store(gl.full([P.variant.block, 4], 1.0, gl.float32, L))
+        gl.thread_barrier()  # here, lest Gluon puts one into the loop
+        return scales
     else:
         return 0
 
@@ -215,30 +244,32 @@ def prefill_kernel(
     x = gl.allocate_shared_memory(
         P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
     )
-    x_scales = _room(u_desc, P.variant.slots * P.variant.x_groups)
+    x_scales = _room(u_desc, P.variant.slots * P.variant.x_groups + 1)
     there = x if P.variant.by_warp else find(x)
     work = gl.allocate_shared_memory(
         gl.int32, [P.variant.slots, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    full = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [P.variant.slots, 1], mbarrier.MBarrierLayout())
+    kilobyte = gl.allocate_shared_memory(gl.bfloat16, [1, 8, 64], x_desc.layout)
+    full_at = find(kilobyte)
+    full = kilobyte._reinterpret(gl.int64, [128, 1], mbarrier.MBarrierLayout())
     SLOTS: gl.constexpr = P.variant.slots
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=2)
     fence_async_shared()
-    filled = (words, scales, zeros, x, x_scales, full, empty)
-    taken = (words, _flat(scales, P), zeros, there, _by_group(x_scales, P), full, empty)
+    filled = (words, scales, zeros, x, x_scales, full)
+    taken = (
+        _words(words, w_desc, P), _scales(scales, s_desc, P), _by_band(zeros, z_desc, P),
+        there, _by_group(x_scales, P), full_at,
+    )  # fmt: skip
     boxes = (w_desc, s_desc, z_desc, x_desc, u_desc)
     epilogue = (
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_consume, (taken, work, zero_ptr, epilogue, steps, 0, P)),
-            (_consume, (taken, work, zero_ptr, epilogue, steps, 1, P)),
+            (_consume, (taken, work, zero_ptr, epilogue, steps, P)),
             (produce, (filled, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps, P)),
         ],
-        [4, 1],
-        _REGISTERS,
+        [1],
+        [_REGISTERS],
     )

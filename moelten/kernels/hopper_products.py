@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 # Tokens of a tensor of sums, and its registers of a thread; the left operand's are as many.
 TOKENS = gl.constexpr(16)
 _REGISTERS = 8
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16]))
+SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 16, 16]))
 # Of a descriptor of rows of 128 bytes, K contiguous: 8 rows are a kilobyte, bytes swizzled by 128.
 _LOW, _HIGH = gl.constexpr(1 << 16), 64 | 1 << 30
 
@@ -62,9 +62,9 @@ def _types(count):
 
 @gluon.jit
 def multiply(acc, left, place, half: gl.constexpr, OPERAND: gl.constexpr):
-    """Sums [64, 16] of several times 16 tokens + half a row tile's chunk @ x: in flight.
+    """Sums [128, 16] of several times 16 tokens + half a band's chunk @ x: in flight.
 
-    left:  the registers of 32 columns (`hopper_fragments`), uint32 [64, 16] in the layout of sums
+    left:  the registers of 32 columns (`hopper_fragments`), uint32 [128, 16] in the layout of sums
     place: where the chunk of x begins
     """
     COUNT: gl.constexpr = len(acc)
@@ -72,7 +72,7 @@ def multiply(acc, left, place, half: gl.constexpr, OPERAND: gl.constexpr):
     CONSTRAINTS: gl.constexpr = _constraints(COUNT)
     TYPES: gl.constexpr = _types(COUNT)
     low = ((place + half * 64) & 0x3FFFF) >> 4 | _LOW
-    low = gl.full([64, 16], 0, gl.int32, SUMS) + low
+    low = gl.full([128, 16], 0, gl.int32, SUMS) + low
     return gl.inline_asm_elementwise(
         PTX, CONSTRAINTS, acc + (left, low), TYPES, is_pure=False, pack=8
     )

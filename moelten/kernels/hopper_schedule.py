@@ -52,8 +52,8 @@ class WideVariant:
         return self.stage // 2 if self.grouped else 0
 
     @property
-    def each(self) -> int:
-        """Row tiles of each of two warpgroups."""
+    def bands(self) -> int:
+        """Pairs of row tiles, of which each of two warpgroups has one."""
         return self.tiles // 2
 
     @property
@@ -95,11 +95,13 @@ def make_variant(
 
 
 def choose_wide(
-    stored: Storage, scale_type: str, pairs: int, num_experts: int, columns: tuple[int, int]
-) -> WideVariant | None:
+    stored: Storage, scale_type: str, pairs: int, num_experts: int, columns: tuple[int, int],
+    *, grouped: bool = False,
+) -> WideVariant | None:  # fmt: skip
     """How many tokens per expert are multiplied; None where there are few.
 
     columns: of w13 and of w2
+    grouped: whether activations have a scale for every 128 columns
 
     A pass over the weights for every 16 tokens of an expert, by programs with a row tile each, is
     the fastest way to read them, but what they cost is decoded again and again. Warps that multiply
@@ -107,15 +109,18 @@ def choose_wide(
     price of so many. Measured on H200, in pairs per expert: the more a product costs beside its
     bytes, the sooner passes are too many.
     """
-    mean, operands = pairs / num_experts, stored.folded or stored
-    few, some = _few(stored), _some(operands)
-    if mean <= few:
+    mean = pairs / num_experts
+    # Scales that join the weights leave none that those of activations could join.
+    operands = stored if grouped else stored.folded or stored
+    if mean <= _few(stored):
         return None
-    if mean <= some:
-        return warp_variant(operands, scale_type, columns)
-    if mean <= 56 and _suits_narrow(operands, num_experts, columns):
-        return narrow_variant(operands, scale_type)
-    return wide_variant(operands, scale_type)
+    if mean <= _some(operands):
+        variant = warp_variant(operands, scale_type, columns)
+    elif mean <= 56 and _suits_narrow(operands, num_experts, columns):
+        variant = narrow_variant(operands, scale_type)
+    else:
+        variant = wide_variant(operands, scale_type)
+    return with_groups(variant, scale_type) if grouped else variant
 
 
 def _few(stored: Storage) -> int:

@@ -1,6 +1,6 @@
 """Sums of a tile by instructions of whole warpgroups: for 64 tokens and more, in Gluon.
 
-A row tile's stage is multiplied while the other's is decoded. Weights are taken from registers;
+A band's stage is multiplied while another's is decoded. Weights are taken from registers;
 then fewer tokens than 64 cost as much as 64.
 
 Scales of groups do not get sums of their own: sums are kept in units of the scale at hand, and
@@ -14,38 +14,46 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
+from moelten.kernels.hopper_bands import (
+    find_zeros,
+    take_scale,
+    take_token_scales,
+    take_weights,
+)
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_products import SUMS, TOKENS, multiply
-from moelten.kernels.hopper_ring import (
-    X,
-    find_zeros,
-    leave,
-    place_of,
-    take_scale,
-    take_stage,
-    take_token_scales,
-    wait_until_full,
-)
+from moelten.kernels.hopper_ring import X, leave, place_of, wait_until_full
+
+
+@gluon.jit
+def _take(ring, zero, slot, band: gl.constexpr, chunk, P: gl.constexpr):
+    """A band's stage, which begins with a chunk, as operands: 32 columns each, [128, 16]."""
+    STAGE: gl.constexpr = P.variant.stage
+    out = ()
+    for c in gl.static_range(STAGE):
+        registers = take_weights(ring, zero, slot, band, chunk + c, c, P, gl.uint32)
+        low, high = gl.split(registers.reshape([128, 2, TOKENS]).permute((0, 2, 1)))
+        low = gl.convert_layout(low, SUMS, assert_trivial=True)
+        out = out + (low, gl.convert_layout(high, SUMS, assert_trivial=True))
+    return out
 
 
 @gluon.jit
 def _multiply(acc, a, x, slot, group: gl.constexpr, P: gl.constexpr):
-    """acc + a row tile's stage, or a group of it, @ x: in flight."""
+    """acc + a band's stage, or a group of it, @ x: in flight."""
     STAGE: gl.constexpr = P.variant.stage
     HALVES: gl.constexpr = 2 // P.groups
     OPERAND: gl.constexpr = P.operand
     for c in gl.static_range(STAGE):
         at = x + (slot * STAGE + c) * (P.variant.block * 128)
-        left = gl.split(a[c].reshape([64, 2, TOKENS]).permute((0, 2, 1)))
         for h in gl.static_range(group * HALVES, group * HALVES + HALVES):
-            own = gl.convert_layout(left[h], SUMS, assert_trivial=True)
-            acc = multiply(acc, own, at, h, OPERAND)
+            acc = multiply(acc, a[2 * c + h], at, h, OPERAND)
     return acc
 
 
 @gluon.jit
 def _times(acc, rows):
-    """Every row of the sums times a number [64]."""
+    """Every row of the sums times a number [128]."""
     out = ()
     for i in gl.static_range(len(acc)):
         own = gl.convert_layout(rows, gl.SliceLayout(1, SUMS), assert_trivial=True)
@@ -54,18 +62,17 @@ def _times(acc, rows):
 
 
 @gluon.jit
-def _times_tokens(acc, ring, slot, valid, P: gl.constexpr):
-    """Every token's sums times a number of its own, if those of the slot are valid."""
+def _times_tokens(acc, ring, slot, P: gl.constexpr):
+    """Every token's sums times a number of its own."""
     out = ()
     for i in gl.static_range(len(acc)):
-        own = take_token_scales(ring, slot, 0, i * TOKENS, SUMS, P)
-        out = out + (acc[i] * gl.where(valid, own, 1.0),)
+        out = out + (acc[i] * take_token_scales(ring, slot, 0, i * TOKENS, SUMS, P),)
     return out
 
 
 @gluon.jit
 def _rescale(acc, unit, scale):
-    """Sums in units of `unit`, fp32 [64], brought to units of a scale: (sums, the new unit).
+    """Sums in units of `unit`, fp32 [128], brought to units of a scale: (sums, the new unit).
 
     Nothing but codes of zero has a scale of 0 or below 2**-60 of another's (`hopper_layout`): there
     the unit stays, and sums stay finite.
@@ -101,70 +108,88 @@ def _put(items, index: gl.constexpr, item):
 
 
 @gluon.jit
+def _in_units(
+    acc, unit, ring, slot, x_slot, band: gl.constexpr, chunk, group: gl.constexpr, P: gl.constexpr
+):
+    """A band's sums in units of the scales of a group of a chunk: (sums, the rows' units).
+
+    x_slot: where the factors of tokens are
+    """
+    acc, unit = _rescale(acc, unit, take_scale(ring, slot, band, chunk, group, P))
+    if P.variant.grouped:
+        acc = _times_tokens(acc, ring, x_slot, P)
+    return acc, unit
+
+
+@gluon.jit
+def _wait(acc, band: gl.constexpr, others: gl.constexpr):
+    """Wait for a band's products, and for no more than so many later ones."""
+    return _put(acc, band, warpgroup_mma_wait(others, deps=acc[band]))
+
+
+@gluon.jit
 def warpgroup_sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
-    group: gl.constexpr, UNITS: gl.constexpr, P: gl.constexpr,
+    UNITS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [64, 16] of a warpgroup's row tiles, tile after tile, of so many times 16 tokens.
+    """Sums [128, 16] of a piece's first bands, band after band, of so many times 16 tokens.
 
     ring: with a number for the activations: where they begin (`hopper_products.find`)
 
-    Row tiles take turns, group after group. While one multiplies, the one whose turn is next is
-    decoded, and its sums are brought to its next scales.
+    Bands take turns, group after group. While one multiplies, the one whose turn is next is
+    decoded, and its sums are brought to its next scales; within a stage it begins before the other
+    is waited for. Not so at its end, as ptxas keeps nothing in flight around a loop that other
+    registers of operands are written in; then the other warpgroup's products fill the gap.
     """
-    TILES: gl.constexpr = P.variant.each
-    FIRST: gl.constexpr = TILES * group
-    TURNS: gl.constexpr = TILES * P.groups
+    TURNS: gl.constexpr = BANDS * P.groups
+    IN_FLIGHT: gl.constexpr = P.variant.stage * 2 // P.groups
     start = turn * 0
     slot = wait_until_full(ring, place_of(turn, P))
     zero = find_zeros(zero_ptr, expert, row_tile, P)
     acc = ()
     unit = ()
-    for t in gl.static_range(TILES):
+    for b in gl.static_range(BANDS):
         acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
-        unit = unit + (_first_unit(ring, slot, FIRST + t, start, P),)
-    first = take_stage(ring, zero[0], slot, FIRST, start, P)
+        unit = unit + (_first_unit(ring, slot, b, start, P),)
+    first = _take(ring, zero[0], slot, 0, start, P)
     for step in range(steps):
-        slot = turn % P.variant.slots
         chunk = step * P.variant.stage
-        next_place = place_of(turn + 1, P)
         more = step + 1 < steps
         a = (first,)
         for i in gl.static_range(TURNS):
-            now = _multiply(acc[i % TILES], a[i % TILES], ring[X], slot, i // TILES, P)
+            now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], slot, i // BANDS, P)
+            acc = _put(acc, i % BANDS, now)
+            if BANDS == 1 and P.scaled:
+                acc = _wait(acc, 0, 0)
+            if i > 0:
+                acc = _wait(acc, (i - 1) % BANDS, IN_FLIGHT)
             if i + 1 < TURNS:
                 if P.scaled:
-                    scale = take_scale(
-                        ring, slot, FIRST + (i + 1) % TILES, chunk, (i + 1) // TILES, P
+                    sums, own = _in_units(
+                        acc[(i + 1) % BANDS], unit[(i + 1) % BANDS], ring, slot, slot,
+                        (i + 1) % BANDS, chunk, (i + 1) // BANDS, P,
                     )  # fmt: skip
-                    sums, own = _rescale(acc[(i + 1) % TILES], unit[(i + 1) % TILES], scale)
-                    if P.variant.grouped:
-                        sums = _times_tokens(sums, ring, slot, steps > 0, P)
-                    acc = _put(acc, (i + 1) % TILES, sums)
-                    unit = _put(unit, (i + 1) % TILES, own)
-                if i + 1 < TILES:
-                    tile = take_stage(ring, zero[i + 1], slot, FIRST + i + 1, chunk, P)
-                    a = a + (tile,)
-                    turn = _end_block(turn)
-            else:
-                next_slot = wait_until_full(ring, next_place, more)
-                if P.scaled:
-                    after = gl.minimum(chunk + P.variant.stage, P.chunks - 1)
-                    scale = take_scale(ring, next_slot, FIRST, after, 0, P)
-                    # After the last stage a slot holds anything.
-                    sums, own = _rescale(acc[0], unit[0], gl.where(more, scale, unit[0]))
-                    if P.variant.grouped:
-                        sums = _times_tokens(sums, ring, next_slot, more, P)
-                    acc = _put(acc, 0, sums)
-                    unit = _put(unit, 0, own)
-                first = take_stage(ring, zero[0], next_slot, FIRST, chunk + P.variant.stage, P)
-                turn = _end_block(turn)
-            acc = _put(acc, i % TILES, warpgroup_mma_wait(0, deps=now))
-        leave(ring, slot)
+                    acc = _put(acc, (i + 1) % BANDS, sums)
+                    unit = _put(unit, (i + 1) % BANDS, own)
+                if i + 1 < BANDS:
+                    a = a + (_take(ring, zero[i + 1], slot, i + 1, chunk, P),)
+        before = slot
+        slot = wait_until_full(ring, place_of(turn + 1, P), more)
+        if P.scaled:
+            # After the last stage its own scales again, and factors of 1.
+            at, x_at = gl.where(more, slot, before), gl.where(more, slot, P.variant.slots)
+            after = gl.minimum(chunk + P.variant.stage, P.chunks - 1)
+            sums, own = _in_units(acc[0], unit[0], ring, at, x_at, 0, after, 0, P)
+            acc = _put(acc, 0, sums)
+            unit = _put(unit, 0, own)
+        first = _take(ring, zero[0], slot, 0, chunk + P.variant.stage, P)
+        turn = _end_block(turn)
+        acc = _wait(acc, (TURNS - 1) % BANDS, 0)
+        leave(before)
         turn += 1
     out = ()
-    for t in gl.static_range(TILES):
-        out = out + _final(acc[t], unit[t], P)
+    for b in gl.static_range(BANDS):
+        out = out + _final(acc[b], unit[b], P)
     return out, turn
 
 

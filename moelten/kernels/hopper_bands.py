@@ -1,0 +1,195 @@
+"""A band of weights from a slot of the ring (`hopper_ring`), in Gluon.
+
+A band is two row tiles, one for each warpgroup: 128 rows, 16 for each of 8 warps. Weights come as
+operands of the matrix instruction, with the scales that join them, or beside those that multiply
+sums.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from moelten.kernels.hopper_fragments import (
+    chunk_zero,
+    floats,
+    load_layout,
+    operands,
+    pair_layout,
+    scale_layout,
+    zero_words,
+)
+from moelten.kernels.hopper_ring import SCALES, WORDS, X_SCALES, ZEROS
+
+
+@gluon.constexpr_function
+def _code_layout(loads):
+    """A chunk of both row tiles of a band, [2, 16 * loads, 32]: 16 bytes per lane and load."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2]]
+        + [[0, 16 << i, 0] for i in range((loads - 1).bit_length())],
+        lane_bases=[[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0]],
+        warp_bases=[[0, 4, 0], [0, 8, 0], [1, 0, 0]],
+        block_bases=[],
+        shape=[2, 16 * loads, 32],
+    )
+
+
+@gluon.constexpr_function
+def _quad_layout():
+    """Words [8 w, 8 g, 2 halves of a quad, 2 lanes]."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[],
+        lane_bases=[[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
+        warp_bases=[[1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        block_bases=[],
+        shape=[8, 8, 2, 2],
+    )
+
+
+@gluon.constexpr_function
+def _parameter_layout(rows, spread):
+    """A super-block's row parameters of a band, [2 * rows, 32]: w, g, half of a quad if `spread`,
+    own words."""
+    words = rows // 2 if spread else rows
+    half = [words] if spread else [0]
+    bits = [0, *half, *(rows << i for i in range(6))]  # of 4 t, 8 g, 8 w
+    registers = [1 << i for i in range((words - 1).bit_length())]
+    places = [[[at // 32, at % 32] for at in group] for group in (registers, bits[:5], bits[5:])]
+    return gl.DistributedLinearLayout(*places, [], [2 * rows, 32])
+
+
+@gluon.constexpr_function
+def _block_layout():
+    """Scales of blocks, [2 row tiles, 4 w, 8 g, 2 b]: every lane has both."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 0, 1]],
+        lane_bases=[[0] * 4, [0] * 4, [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]],
+        warp_bases=[[0, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0]],
+        block_bases=[],
+        shape=[2, 4, 8, 2],
+    )
+
+
+@gluon.jit
+def _pick(words, bit):
+    """The half of the last axis that a bit says."""
+    HALF: gl.constexpr = words.shape[2] // 2
+    low, high = gl.split(words.reshape([8, words.shape[1], 2, HALF]).permute((0, 1, 3, 2)))
+    return gl.where(bit != 0, high, low)
+
+
+@gluon.jit
+def _take(buffer, chunk, COUNT: gl.constexpr, SPREAD: gl.constexpr):
+    """A lane's words of a chunk, [8 w, 8 g (times 2 halves of a quad), n]."""
+    ROWS: gl.constexpr = buffer.shape[0] // 2
+    words = buffer.load(_parameter_layout(ROWS, SPREAD)).to(gl.uint32, bitcast=True)
+    if SPREAD:
+        words = words.reshape([8, 16, ROWS // 2])
+    else:
+        words = words.reshape([8, 8, ROWS])
+    if COUNT > 1:
+        words = _pick(words, chunk & 2)
+    if COUNT > 2:
+        words = _pick(words, chunk & 1)
+    return words
+
+
+@gluon.jit
+def _for_quads(words, SPREAD: gl.constexpr):
+    """[8 w, 8 g (times 2), 1] as [8 w, 8 g, 4 t], or two of them as [8 w, 8 g, 4 t, 2]."""
+    QUAD: gl.constexpr = _quad_layout()
+    if words.shape[2] == 2:
+        low, high = gl.split(words)
+        low, high = low.expand_dims(2), high.expand_dims(2)
+        return gl.join(_for_quads(low, SPREAD), _for_quads(high, SPREAD))
+    else:
+        if SPREAD:
+            HALVES: gl.constexpr = gl.SliceLayout(3, QUAD)
+            words = gl.convert_layout(words.reshape([8, 8, 2]), HALVES, assert_trivial=True)
+        else:
+            WHOLE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, QUAD))
+            words = gl.convert_layout(words.reshape([8, 8]), WHOLE, assert_trivial=True)
+            words = words.expand_dims(2)
+        words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([8, 8, 2, 2], gl.uint32, QUAD))
+        return gl.convert_layout(words.reshape([8, 8, 4]), pair_layout(8), assert_trivial=True)
+
+
+@gluon.jit
+def take_weights(
+    ring, zero, slot, band: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr,
+    OPERAND: gl.constexpr,
+):  # fmt: skip
+    """Operands [8 warps, 16, 64] of a band's chunk, the c-th of its stage.
+
+    zero:    words [8 w, 8 g, 4 t], where one zero point serves the whole row
+    OPERAND: their type; uint32 for their registers, [128, 32]
+    """
+    W: gl.constexpr = P.weights
+    LOADS: gl.constexpr = W.code.bits // 4
+    w = ring[WORDS].index(slot * P.variant.bands + band).slice(c * (16 * LOADS), 16 * LOADS, 1)
+    w = w.load(_code_layout(LOADS)).reshape([2, LOADS, 4, 128]).permute((0, 2, 1, 3))
+    w = gl.convert_layout(w.reshape([8, LOADS, 128]), load_layout(8, LOADS), assert_trivial=True)
+    s = 0
+    if W.scale == "fold":
+        own = ring[SCALES].index(slot * P.variant.bands + band)
+        s = _for_quads(_take(own, chunk, P.words, P.spread), P.spread)
+    if W.zeros is not None and W.group != 0:
+        COUNT: gl.constexpr = 2 if W.group == 32 else 1
+        own = ring[ZEROS].index(slot * P.variant.bands + band)
+        zero = _for_quads(_take(own, chunk, COUNT, False), False) >> chunk_zero(chunk, W)[1]
+    return operands(w, s, zero, W, OPERAND)
+
+
+@gluon.jit
+def take_token_scales(
+    ring, slot, group: gl.constexpr, at: gl.constexpr, L: gl.constexpr, P: gl.constexpr
+):
+    """fp32 [1, tokens] of a unit, from the at-th of the block on, for a group of a stage.
+
+    L: the layout of the sums [128, tokens]
+    """
+    words = ring[X_SCALES].index(slot * P.variant.x_groups + group).slice(at, P.variant.unit, 0)
+    return words.slice(0, 1, 1).permute((1, 0)).load(L)
+
+
+@gluon.jit
+def take_scale(ring, slot, band: gl.constexpr, chunk, group: gl.constexpr, P: gl.constexpr):
+    """fp32 [128], in the order of a band's rows: the scales of a group of a chunk."""
+    W: gl.constexpr = P.weights
+    TYPE: gl.constexpr = P.scale_type
+    own = ring[SCALES].index(slot * P.variant.bands + band)
+    if W.scale == "block":
+        # Two groups of a super-block, two numbers each, which all lanes of a row tile have.
+        L: gl.constexpr = _block_layout()
+        ALL: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
+        low, high = own.slice(0, 2, 1).load(ALL), own.slice(2, 2, 1).load(ALL)
+        words = gl.where(chunk & 2 != 0, high, low)
+        words = words[:, None, None, :] + gl.zeros([2, 4, 8, 2], gl.int32, L)
+        words = gl.convert_layout(words.reshape([8, 8, 2]), scale_layout(8, 2), assert_trivial=True)
+        rows = floats(words.to(gl.uint32, bitcast=True), W, TYPE)
+    else:
+        words = _take(own, chunk, P.words, False)
+        words = gl.convert_layout(words, scale_layout(8, words.shape[2]), assert_trivial=True)
+        rows = floats(words, W, TYPE)  # warps g b c
+        if rows.shape[3] == 2:
+            low, high = gl.split(rows)
+            rows = high if group == 1 else low
+    return rows.reshape([8, 8, 2]).permute((0, 2, 1)).reshape([128])
+
+
+@gluon.jit
+def find_zeros(zero_ptr, expert, row_tile, P: gl.constexpr):
+    """Whole rows' zero points of all bands, if there are such."""
+    BANDS: gl.constexpr = P.variant.bands
+    W: gl.constexpr = P.weights
+    zeros = ()
+    for t in gl.static_range(BANDS):
+        zero = 0
+        if zero_ptr is not None:
+            warp, lane = zero_words(W, 8)
+            tile = gl.minimum(row_tile + 2 * t + warp // 4, P.row_tiles - 1)
+            matrix = expert * P.row_tiles + tile
+            zero = gl.load(zero_ptr + matrix * 32 + (warp % 4 * 8 + lane))
+        zeros = zeros + (zero,)
+    return zeros
