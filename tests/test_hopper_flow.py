@@ -42,7 +42,7 @@ def by_column(scale: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def scales_of(x) -> torch.Tensor:
-    """Scales [groups, positions] from what `hopper_plan.order_scales` wrote."""
+    """Scales [groups, positions] from what `hopper_rows.quantize` wrote."""
     found = x.scale[..., 0].double()
     if x.global_scale is None:
         return found

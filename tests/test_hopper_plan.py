@@ -13,8 +13,9 @@ from triton_device import DEVICE, INTERPRET
 if not INTERPRET and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("runs on a Hopper GPU or through the interpreter", allow_module_level=True)
 
-from moelten.formats import BF16
-from moelten.kernels import hopper_plan, triton_ops
+from moelten.formats import BF16, FP8_GROUP, FP8_ROW, INT8_GROUP, INT8_ROW
+from moelten.kernels import hopper_plan, hopper_rows, triton_ops
+from moelten.qtensor import decode_codes, quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 POISON = -12345
@@ -75,7 +76,7 @@ def gathered(x, rows_per_source: int, inverse, scale=None, dtype=None, own=None)
     out = torch.full((len(inverse), width), POISON, dtype=torch.int16, device=DEVICE)
     found = out.view(dtype or x.dtype)
     rows, into = triton_ops.Rows(x, own), triton_ops.Rows(found, scale)
-    hopper_plan.gather(rows, rows_per_source, inverse.int().to(DEVICE), into)
+    hopper_rows.gather(rows, rows_per_source, inverse.int().to(DEVICE), into)
     return found.cpu()
 
 
@@ -165,33 +166,86 @@ def test_gather_normalized(columns, slots):
     assert (scale[len(pairs) :] == -5).all()
 
 
-@pytest.mark.parametrize("by_pair", [False, True])
-@pytest.mark.parametrize("rows, groups, slots", [(1, 1, 1), (9, 23, 3), (70, 56, 2)])
-def test_order_scales(rows, groups, slots, by_pair):
-    """Scales by position; each in units of the next, which brings the first back from the last."""
-    g = torch.Generator().manual_seed(rows)
-    scale = torch.exp2(torch.randn(rows, groups, generator=g) * 4)
-    count = rows * slots if by_pair else rows
-    pairs = torch.randperm(count, generator=g)
-    of = pairs // slots if by_pair else torch.arange(rows)
-    how = (pairs.int().to(DEVICE), slots) if by_pair else ()
-    plain, units = (torch.full((groups, count, 4), -5.0, device=DEVICE) for _ in range(2))
-    last = torch.full((count,), -5.0, device=DEVICE)
-    hopper_plan.order_scales(scale.to(DEVICE), triton_ops.Rows(scale, plain), *how)
-    assert torch.equal(plain[..., 0].cpu(), scale[of].T)
-    hopper_plan.order_scales(scale.to(DEVICE), triton_ops.Rows(scale, units, last), *how)
-    before = torch.cat([scale[:, :1], scale[:, :-1]], 1)
-    assert torch.equal(units[..., 0].cpu(), (before / scale)[of].T)
-    assert torch.equal(last.cpu(), scale[of, -1])
+def quantized(x, fmt, inverse=None, slots=1, units=False, pairs=None):
+    """Data [P, K to 32], scale [G, P] or [P, 1], and last [P], as `hopper_rows.quantize` writes."""
+    count, width = len(x) if inverse is None else len(inverse), -(-x.shape[1] // 32) * 32
+    data = torch.full((count, width), -5.0, dtype=torch.bfloat16, device=DEVICE)
+    groups = -(-x.shape[1] // 128)
+    shape = (groups, count, 4) if fmt.block[1] else (count, 1)
+    scale = torch.full(shape, -5.0, device=DEVICE)
+    last = torch.full((count,), -5.0, device=DEVICE) if units else None
+    where = None if inverse is None else inverse.int().to(DEVICE)
+    out = triton_ops.Rows(data, scale, last)
+    hopper_rows.quantize(x.to(DEVICE), fmt, out, where, slots, pairs)
+    scale = scale[..., 0] if fmt.block[1] else scale
+    return data.cpu(), scale.cpu(), None if last is None else last.cpu()
+
+
+def codes_of(x, fmt) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes as numbers, and scales [R, groups], by the quantization of the specification."""
+    q = quantize(x, fmt)
+    return decode_codes(q).float(), q.scale.view(len(x), -1)
+
+
+@pytest.mark.parametrize("fmt", [FP8_ROW, INT8_ROW, FP8_GROUP, INT8_GROUP], ids=str)
+@pytest.mark.parametrize("columns, slots", [(8, 1), (200, 3), (328, 2), (2880, 1)])
+def test_quantize(fmt, columns, slots):
+    """Codes in the order of operands, of a row for each of its pairs that has a position."""
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(columns)).bfloat16()
+    x[2, :128] = 0
+    inverse = some_places(7 * slots)
+    data, scale, _ = quantized(x, fmt, inverse, slots)
+    codes, scales = codes_of(x, fmt)
+    known = inverse >= 0
+    at = inverse[known]
+    of = torch.arange(7).repeat_interleave(slots)[known]
+    wanted = torch.zeros(7, data.shape[1])
+    wanted[:, :columns] = codes
+    assert torch.equal(data[at].float(), ordered(wanted)[of])
+    assert torch.equal(scale.T[at] if fmt.block[1] else scale[at], scales[of])
+    rest = torch.ones(len(data), dtype=torch.bool).index_fill(0, at, False)
+    assert (data[rest] == -5).all()
+
+
+@pytest.mark.parametrize("fmt", [FP8_GROUP, INT8_GROUP], ids=str)
+@pytest.mark.parametrize("columns", [64, 328, 2880])
+def test_quantize_in_units(fmt, columns):
+    """Rows by position; each scale in units of the next, which brings the first from the last."""
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(9, columns, generator=g) * torch.exp2(torch.randn(9, 1, generator=g) * 4)
+    data, scale, last = quantized(x, fmt, units=True)
+    codes, scales = codes_of(x, fmt)
+    assert torch.equal(data[:, :columns].float(), codes)
+    before = torch.cat([scales[:, :1], scales[:, :-1]], 1)
+    assert torch.equal(scale.T, before / scales)
+    assert torch.equal(last, scales[:, -1])
 
 
 def test_units_of_sums_do_not_fall_too_far():
     """Sums of fp32 in a unit of 2**-90 of the largest are finite."""
-    scale = torch.tensor([[2.0**60, 2.0**-60, 1.0, 2.0**-20]])
-    units, last = torch.empty(4, 1, 4, device=DEVICE), torch.empty(1, device=DEVICE)
-    hopper_plan.order_scales(scale.to(DEVICE), triton_ops.Rows(scale, units, last))
-    assert units[:, 0, 0].tolist() == [1, 2.0**90, 2.0**-30, 2.0**20]
+    powers = torch.tensor([2.0**60, 2.0**-60, 1.0, 2.0**-20])
+    _, scale, last = quantized((powers * 448).repeat_interleave(128)[None], FP8_GROUP, units=True)
+    assert scale[:, 0].tolist() == [1, 2.0**90, 2.0**-30, 2.0**20]
     assert last.item() == 2.0**-20
+
+
+def test_quantize_by_pair():
+    """What differs by expert multiplies before; pairs that are not valid are not read."""
+    g = torch.Generator().manual_seed(5)
+    x, ids = torch.randn(3, 200, generator=g).bfloat16(), torch.tensor([[5, 6], [-1, 5], [7, 6]])
+    pre, router = torch.rand(2, 200, generator=g), torch.rand(3, 2, generator=g)
+    inverse = torch.tensor([2, 0, -1, 1, -1, 3])
+    on = [t.to(DEVICE) for t in (ids, router, pre)]
+    pairs = triton_ops.Pairs(on[0], 2, 5, on[1], on[2])
+    data, scale, _ = quantized(x, FP8_ROW, inverse, pairs=pairs)
+    for pair, at in enumerate(inverse.tolist()):
+        if at >= 0:
+            row = x[pair // 2].float() * router.flatten()[pair] * pre[ids.flatten()[pair] - 5]
+            codes, scales = codes_of(row[None], FP8_ROW)
+            wanted = torch.zeros(1, 224)
+            wanted[:, :200] = codes
+            assert torch.equal(data[at].float(), ordered(wanted)[0])
+            assert torch.equal(scale[at], scales[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,10 +3,10 @@
 Few tokens per expert take four launches: plan, GEMM1 with activation, GEMM2 with router weights,
 sum over slots, each started while the one before drains. Many take other GEMMs, from the same
 packed weights: plan (two launches beyond 8192 pairs), gather, GEMM1, GEMM2, sum. Activations of 8
-bits are quantized before each GEMM; of their scales, those of groups of columns come by position
-for many tokens (`hopper_plan.order_scales`), and by row for few. Grids follow from
-T and k alone: nothing waits for the device, so a CUDA graph captures it. The two operand types
-place bits differently: two layouts, two backends. Triton is imported when a layer runs.
+bits are quantized before each GEMM: for few tokens in a launch of its own, for many by what gathers
+rows, and in one more before GEMM2. Grids follow from T and k alone: nothing waits for the device,
+so a CUDA graph captures it. The two operand types place bits differently: two layouts, two
+backends. Triton is imported when a layer runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from moelten.weights import ExpertSpec
 
 if TYPE_CHECKING:
     from moelten.kernels.triton_epilogue import Epilogue
-    from moelten.kernels.triton_ops import Rows
+    from moelten.kernels.triton_ops import Pairs, Rows
     from moelten.kernels.triton_plan import TilePlan
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,7 +125,7 @@ class HopperBackend(ArenaBackend):
         dtype = _DTYPES[variant.weights.code.operand] if variant else own
         inputs = wide = None
         by_pair = on_input or "w13_pre_scale" in spec.extras
-        if by_pair or not plain:
+        if by_pair if plain else variant is None:
             count = pairs if by_pair else tokens
             inputs = empty_rows(take, count, hidden_size, fmt, dtype=None if plain else dtype)
         plan = empty_plan(take, pairs, experts, block, unit=unit, inverse=variant is not None)
@@ -135,19 +135,21 @@ class HopperBackend(ArenaBackend):
         scaled = not plain or dtype != own
         place = hidden[0].view(dtype) if plain else take(dtype, pairs, width)
         groups = -(-inter // 128) if grouped else 1
-        rows = Rows(place, take(torch.float32, pairs, groups) if scaled else None)
+        if variant and grouped:
+            rows = _by_position(take, place, groups, variant)
+        else:
+            rows = Rows(place, take(torch.float32, pairs, groups) if scaled else None)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
-            first, second = Rows(slots.view(dtype)[: pairs * width].view(pairs, width)), rows
-            if variant.grouped:
-                first = _by_position(take, first.data, -(-hidden_size // 128), variant)
-                second = _by_position(take, place, groups, variant)
-            elif scaled:
-                first = Rows(first.data, take(torch.float32, pairs, 1))
-            wide = _Wide(variant, first, second)
+            sources = slots.view(dtype)[: pairs * width].view(pairs, width)
+            if grouped:
+                first = _by_position(take, sources, -(-hidden_size // 128), variant)
+            else:
+                first = Rows(sources, take(torch.float32, pairs, 1) if scaled else None)
+            wide = _Wide(variant, first)
         return _Stages(plan, inputs, hidden, rows, slots, wide)
 
     def run_chunk(
@@ -165,7 +167,6 @@ class HopperBackend(ArenaBackend):
         where = (spec.num_experts, spec.first_expert)
         # NOTE: the plan is the first launch, so that GEMM2 may read it before it waits for GEMM1.
         plan_tiles(ids, *where, stages.plan)
-        rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
         name, parameters = activation_arguments(spec.activation)
         first = Epilogue(
             extras.get("w13_bias"),
@@ -176,20 +177,19 @@ class HopperBackend(ArenaBackend):
         router = None if routing.on_input else routing.weights
         if stages.wide is None:
             second = Epilogue(extras.get("w2_bias"), router=router)
-            slots = _few(rows, rows_per_source, experts, stages, ids.numel(), first, second)
+            slots = _few(x, experts, routing, stages, first, second)
             combine(slots, ids, *where, out)
         else:
             second = Epilogue(extras.get("w2_bias"))
-            slots = _many(rows, rows_per_source, experts, stages, stages.wide, first, second)
+            slots = _many(x, experts, routing, stages, stages.wide, first, second)
             combine(slots, ids, *where, out, inverse=stages.plan.inverse, router=router)
 
 
 def _few(
-    rows: Rows,
-    rows_per_source: int,
+    x: Tensor,
     experts: PackedExperts,
+    routing: Routing,
     stages: _Stages,
-    pairs: int,
     first: Epilogue,
     second: Epilogue,
 ) -> Tensor:
@@ -197,7 +197,9 @@ def _few(
     from moelten.kernels.hopper_gemm import grouped_gemm, matrices
     from moelten.kernels.triton_ops import Rows
 
+    rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden
+    pairs = routing.ids.numel()
     sizes = (w13.stored, plan.block, pairs, experts.spec.num_experts)
     grouped = _grouped(experts.spec.scheme.activations)
     v13 = make_variant(*sizes, w13.row_tiles, w13.columns, may_split=False, grouped=grouped)
@@ -215,9 +217,9 @@ def _few(
 
 
 def _many(
-    rows: Rows,
-    rows_per_source: int,
+    x: Tensor,
     experts: PackedExperts,
+    routing: Routing,
     stages: _Stages,
     wide: _Wide,
     first: Epilogue,
@@ -225,26 +227,25 @@ def _many(
 ) -> Tensor:
     """Both GEMMs for many tokens per expert: the slots [1, P, H]."""
     from moelten.kernels.hopper_gemm import matrices, prefill_gemm
-    from moelten.kernels.hopper_plan import gather, order_scales
-    from moelten.kernels.triton_ops import Rows
+    from moelten.kernels.hopper_rows import gather, quantize
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
-    variant, grouped = wide.variant, wide.variant.grouped
+    variant, fmt = wide.variant, experts.spec.scheme.activations
     assert plan.inverse is not None
-    if grouped:
-        assert rows.scale is not None
-        gather(Rows(rows.data), rows_per_source, plan.inverse, Rows(wide.first.data))
-        order_scales(rows.scale, wide.first, plan.pairs, rows_per_source)
-    else:
+    if isinstance(fmt, Float):
+        rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
         gather(rows, rows_per_source, plan.inverse, wide.first)
+    else:
+        pairs = _pairs(experts, routing)
+        quantize(x, fmt, wide.first, plan.inverse, 1 if pairs else routing.top_k, pairs)
     prefill_gemm(wide.first, w13, plan, hidden, variant, ordered=True, epilogue=first)
-    rows = _requantize(hidden, experts, stages.rows)
-    if grouped:
-        assert rows.scale is not None
-        order_scales(rows.scale, wide.second)
-    pairs = len(hidden)
-    slots = stages.slots[: pairs * w2.rows].view(pairs, w2.rows)
-    prefill_gemm(wide.second, w2, plan, slots, variant, ordered=False, epilogue=second)
+    if _grouped(fmt):
+        quantize(hidden, fmt, stages.rows)
+    else:
+        _requantize(hidden, experts, stages.rows)
+    count = len(hidden)
+    slots = stages.slots[: count * w2.rows].view(count, w2.rows)
+    prefill_gemm(stages.rows, w2, plan, slots, variant, ordered=False, epilogue=second)
     return slots[None]
 
 
@@ -266,17 +267,15 @@ def _requantize(hidden: Tensor, experts: PackedExperts, rows: Rows) -> Rows:
 class _Wide:
     """What many tokens per expert need.
 
-    first:  [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
-    second: those of GEMM2, where `_Stages.rows` are; but scales of groups are in another order
+    first: [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
     """
 
     variant: WideVariant
     first: Rows
-    second: Rows
 
 
 def _by_position(take: Take, data: Tensor, groups: int, variant: WideVariant) -> Rows:
-    """Rows with room for what `hopper_plan.order_scales` writes."""
+    """Rows with room for scales of groups, as `hopper_rows.quantize` writes them."""
     from moelten.kernels.triton_ops import Rows
 
     last = None if variant.by_warp else take(torch.float32, len(data))
@@ -322,14 +321,22 @@ def _input_rows(
     x: Tensor, experts: PackedExperts, routing: Routing, rows: Rows | None
 ) -> tuple[Rows, int]:
     """Rows of x, and how many pairs share each: top_k, unless pairs differ by expert."""
-    from moelten.kernels.triton_ops import Pairs, Rows, quantize_rows
+    from moelten.kernels.triton_ops import Rows, quantize_rows
 
-    spec = experts.spec
-    fmt, pre = spec.scheme.activations, experts.tensors.get("w13_pre_scale")
+    fmt, pairs = experts.spec.scheme.activations, _pairs(experts, routing)
     if rows is None:
         return Rows(x), routing.top_k
-    if not routing.on_input and pre is None:
+    if pairs is None:
         return quantize_rows(x, fmt, rows=rows), routing.top_k
-    router = routing.weights if routing.on_input else None
-    pairs = Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre)
     return quantize_rows(x, fmt, pairs, by_token=True, rows=rows), 1
+
+
+def _pairs(experts: PackedExperts, routing: Routing) -> Pairs | None:
+    """What makes rows of x differ by expert, if anything does."""
+    from moelten.kernels.triton_ops import Pairs
+
+    spec, pre = experts.spec, experts.tensors.get("w13_pre_scale")
+    if not routing.on_input and pre is None:
+        return None
+    router = routing.weights if routing.on_input else None
+    return Pairs(routing.ids, spec.num_experts, spec.first_expert, router, pre)

@@ -116,8 +116,8 @@ def prefill_gemm(
     """Write the row of every position of the plan to out, from its row of x.
 
     x:        [P, K rounded up to 32] in the operand type, columns in the order of operands
-              (`hopper_plan.gather`), and the scales of its rows, if any; of a grouped variant what
-              `hopper_plan.order_scales` writes, with the last as `global_scale`
+              (`hopper_rows`), and the scales of its rows, if any; of a grouped variant what
+              `hopper_rows.quantize` writes, with the last as `global_scale`
     out:      columns as those of x if `ordered`, for the next GEMM; else [P, N]
     epilogue: without router weights
     """

@@ -122,13 +122,13 @@ def quantize_rows(
         1 if pairs is None else extra.ids.shape[1], extra.num_experts, extra.first_expert,
         count, columns,
         KIND=kind, GROUP=group, GROUPS=groups if tile == 1 else max(groups, 4),
-        BY_TOKEN=by_token, ROW_TILE=tile, NATIVE=_rounds_to_e4m3(x.device),
+        BY_TOKEN=by_token, ROW_TILE=tile, NATIVE=rounds_to_e4m3(x.device),
         num_warps=4 if group * groups <= 4096 else 8,
     )  # fmt: skip
     return rows
 
 
-def _rounds_to_e4m3(device: torch.device) -> bool:
+def rounds_to_e4m3(device: torch.device) -> bool:
     """Whether a conversion to e4m3 is an instruction, which rounds and clamps as ours."""
     if device.type != "cuda":
         return False
@@ -148,6 +148,26 @@ def _scale_offset(row, g, groups, ROW_TILE: tl.constexpr):
             return start + row % 8 * 4
         else:
             return start + row % 32 * 16 + row % 128 // 32 * 4
+
+
+@triton.jit
+def scale_of(amax, KIND: tl.constexpr):
+    """The scale of numbers of 8 bits whose largest is given; 1 for nothing but zeros."""
+    scale = tl.div_rn(amax, 127.0 if KIND == "int8" else 448.0)
+    return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
+def encode_scaled(x, scale, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes of 8 bits of x [groups, columns] over the scales of its groups."""
+    scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    return encode_int8(scaled) if KIND == "int8" else encode_e4m3(scaled, NATIVE)
+
+
+@triton.jit
+def code_values(codes, KIND: tl.constexpr, NATIVE: tl.constexpr):
+    """Codes of 8 bits as fp32 numbers."""
+    return codes.to(tl.float32) if KIND == "int8" else decode_e4m3(codes, NATIVE)
 
 
 @triton.jit(do_not_specialize=["first_expert", "count"])
@@ -212,15 +232,12 @@ def quantize_kernel(
                 if static_ptr is not None:
                     scale = tl.zeros_like(amax) + tl.load(static_ptr + expert)
                 else:
-                    scale = tl.div_rn(amax, 127.0 if KIND == "int8" else 448.0)
-                    scale = tl.where(scale == 0.0, 1.0, scale)
+                    scale = scale_of(amax, KIND)
                 tl.store(scale_at, scale, mask=g < group_count)
-            scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], (GROUPS, GROUP)))
-            codes = encode_int8(scaled) if KIND == "int8" else encode_e4m3(scaled, NATIVE)
+            codes = encode_scaled(x, scale, KIND, NATIVE)
             if codes_ptr.dtype.element_ty.is_floating():
                 # Exact in 16 bits.
-                codes = codes.to(tl.float32) if KIND == "int8" else decode_e4m3(codes, NATIVE)
-                codes = round_to(codes, codes_ptr.dtype.element_ty)
+                codes = round_to(code_values(codes, KIND, NATIVE), codes_ptr.dtype.element_ty)
             tl.store(codes_ptr + row * columns + k, codes, mask=inside)
 
 

@@ -1,0 +1,212 @@
+"""Rows of activations by position in the plan, as the GEMMs for many tokens per expert read them.
+
+A program reads a row once, quantizes it where the scheme says so, and writes it for each of its
+pairs, columns in the order of operands (`hopper_layout`), beside what scales it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moelten.formats import Format, Int8
+from moelten.kernels.launches import launch
+from moelten.kernels.triton_casts import abs_bits, round_to, widen
+from moelten.kernels.triton_ops import (
+    Pairs,
+    Rows,
+    code_values,
+    encode_scaled,
+    rounds_to_e4m3,
+    scale_of,
+)
+
+_GATHERED = 4096  # words that a program holds at once
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    out: Rows,
+    inverse: Tensor | None = None,
+    rows_per_source: int = 1,
+    pairs: Pairs | None = None,
+) -> None:
+    """Rows of x in a format of 8 bits: codes as 16-bit numbers, and scales, by position.
+
+    x:       [R, K], without `pairs` and `inverse` by position, columns in the order of operands
+    inverse: int32 [P], the position of each pair, -1 for those that are not valid (`TilePlan`); row
+             r belongs to pairs r * rows_per_source and after
+    pairs:   what else makes rows differ: then row p // k of x, times that, belongs to pair p alone
+    out:     data [P, K rounded up to 32], behind the last column zeros or nothing; scale [P, 1], or
+             for groups of 128 columns [G, P, 4], of which [..., 0] are written: in rows of 16 bytes
+             copies can begin anywhere. With a global_scale [P], sums are kept in units of the group
+             at hand: that is the last group's scale, and each group has the scale before over its
+             own, the first one 1. No scale counts for less than 2**-90 of its row's largest, lest
+             sums in that unit overflow. (Not of less: a group of zeros has a scale of 1, whatever
+             the others have)
+    """
+    assert out.scale is not None
+    columns = x.shape[1]
+    group = fmt.block[1] or max(triton.next_power_of_2(columns), 32)
+    groups = triton.next_power_of_2(-(-columns // group))
+    more = pairs or Pairs(x, 1, 0)
+    launch(
+        quantize_kernel, (len(x) if pairs is None else pairs.ids.numel(),),
+        x, inverse, None if pairs is None else pairs.ids.contiguous(),
+        None if more.router is None else more.router.contiguous(), more.pre_scale,
+        out.data, out.scale, out.global_scale,
+        1 if pairs is None else pairs.ids.shape[1], more.first_expert, columns, len(out.data),
+        SLOTS=rows_per_source, WIDTH=out.data.shape[1], GROUP=group, GROUPS=groups,
+        KIND="int8" if isinstance(fmt, Int8) else "fp8", NATIVE=rounds_to_e4m3(x.device),
+        num_warps=4 if group * groups <= 4096 else 8,
+    )  # fmt: skip
+
+
+@triton.jit
+def _units(scale, GROUPS: tl.constexpr, LAST):
+    """Each group's scale as the one before over it, and the last one; see `quantize`."""
+    g = tl.arange(0, GROUPS)
+    scale = tl.maximum(scale, tl.max(scale, axis=0) * 8.077935669463161e-28)
+    earlier = g[None, :] == tl.maximum(g - 1, 0)[:, None]
+    before = tl.sum(tl.where(earlier, scale[None, :], 0.0), axis=1)
+    return tl.div_rn(before, scale), tl.sum(tl.where(g == LAST, scale, 0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["first_expert", "count"])
+def quantize_kernel(
+    x_ptr, inverse_ptr, ids_ptr, router_ptr, pre_ptr, out_ptr, scale_ptr, last_ptr,
+    top_k, first_expert, columns, count,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    source = tl.program_id(0).to(tl.int64)
+    # All before the first store, lest each waits for the stores before it.
+    positions = ()
+    for slot in tl.static_range(SLOTS):
+        if inverse_ptr is None:
+            positions = positions + (source,)
+        else:
+            positions = positions + (tl.load(inverse_ptr + source * SLOTS + slot).to(tl.int64),)
+    if ids_ptr is not None and positions[0] < 0:
+        return
+    g = tl.arange(0, GROUPS)
+    k = g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = k < columns
+    x = widen(tl.load(x_ptr + source // top_k * columns + k, mask=inside, other=0.0))
+    if router_ptr is not None:
+        x = x * widen(tl.load(router_ptr + source))
+    if pre_ptr is not None:
+        expert = tl.load(ids_ptr + source).to(tl.int64) - first_expert
+        x = x * tl.load(pre_ptr + expert * columns + k, mask=inside, other=0.0)
+    scale = scale_of(tl.max(abs_bits(x), axis=1).to(tl.float32, bitcast=True), KIND)
+    codes = code_values(encode_scaled(x, scale, KIND, NATIVE), KIND, NATIVE)
+    codes = round_to(codes, out_ptr.dtype.element_ty)
+    if inverse_ptr is not None:
+        # 32 columns: t s j h in memory, s j t h in the order of operands.
+        codes = tl.reshape(codes, (GROUPS * GROUP // 32, 4, 4, 2))
+        codes = tl.reshape(tl.permute(codes, (0, 2, 1, 3)), (GROUPS, GROUP))
+    last = (columns + GROUP - 1) // GROUP - 1
+    if last_ptr is not None:
+        scale, last_scale = _units(scale, GROUPS, last)
+    for slot in tl.static_range(SLOTS):
+        position = positions[slot]
+        known = position >= 0
+        tl.store(out_ptr + position * WIDTH + k, codes, mask=(k < WIDTH) & known)
+        if scale_ptr.dtype.element_ty == tl.float32 and GROUP == 128:
+            at = scale_ptr + (g.to(tl.int64) * count + position) * 4
+            tl.store(at, scale, mask=(g <= last) & known)
+        else:
+            tl.store(scale_ptr + position + g, scale, mask=(g < 1) & known)
+        if last_ptr is not None:
+            tl.store(last_ptr + position, last_scale, mask=known)
+
+
+def gather(x: Rows, rows_per_source: int, inverse: Tensor, out: Rows) -> None:
+    """out[inverse[p]] = row p // rows_per_source of x, for every pair p that has a position.
+
+    x:       [R, K] of 16 bits, a multiple of 2 of them, and the scales of its rows, if any
+    inverse: int32 [R * rows_per_source], -1 for pairs that are not valid (`TilePlan`)
+    out:     [P, K rounded up to 32], columns in the order of `hopper_layout`'s operands and then
+             zeros, and scales if x has some; scales that x has not are those of bf16 rows, written
+             in fp16, times the power of two that brings the largest of each to 2**14 .. 2**15: bit
+             for bit the rows of `triton_ops.quantize_rows(..., dtype=torch.float16)`
+    """
+    width, words = out.data.shape[1] // 2, x.data.shape[1] // 2
+    block = min(triton.next_power_of_2(width), _GATHERED)
+    launch(
+        gather_kernel, (x.data.shape[0],),
+        x.data.view(torch.int32), x.scale, inverse, out.data.view(torch.int32), out.scale,
+        SLOTS=rows_per_source, WORDS=words, WIDTH=width, BLOCK=block,
+        num_warps=min(max(block // 512, 1), 8),
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_words(x_ptr, start, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Words start .. start + BLOCK of a row in memory's order, zeros behind the last."""
+    word = start + tl.arange(0, BLOCK)
+    return tl.load(x_ptr + word, mask=word < WORDS, other=0)
+
+
+@triton.jit
+def _low_half(word):
+    """The first of two bf16 numbers, in fp32."""
+    return (word << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high_half(word):
+    return (word & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_exponent(x_ptr, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """The biased exponent of the largest number of a row, within what can be brought to 2**14."""
+    top = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, WORDS, BLOCK):
+        word = _load_words(x_ptr, start, WORDS, BLOCK)
+        top = tl.maximum(top, tl.maximum(abs_bits(_low_half(word)), abs_bits(_high_half(word))))
+    return tl.minimum(tl.maximum(tl.max(top, axis=0) >> 23, 15), 254)
+
+
+@triton.jit
+def _to_half(x):
+    """fp32 to the bits of fp16."""
+    return round_to(x, tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def gather_kernel(
+    x_ptr, x_scale_ptr, inverse_ptr, out_ptr, scale_ptr,
+    SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Read a row once, and write it for each of its pairs."""
+    source = tl.program_id(0).to(tl.int64)
+    x_ptr += source * WORDS
+    # All before the first store, lest each waits for the stores before it.
+    positions = ()
+    for slot in tl.static_range(SLOTS):
+        positions = positions + (tl.load(inverse_ptr + source * SLOTS + slot).to(tl.int64),)
+    NORMALIZE: tl.constexpr = scale_ptr is not None and x_scale_ptr is None
+    if NORMALIZE:
+        exponent = _row_exponent(x_ptr, WORDS, BLOCK)
+        up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    for start in range(0, WIDTH, BLOCK):
+        word = _load_words(x_ptr, start, WORDS, BLOCK)
+        if NORMALIZE:
+            word = _to_half(_low_half(word) * up) | (_to_half(_high_half(word) * up) << 16)
+        # Words of 32 columns: t s j in memory, s j t in the order of operands.
+        word = tl.trans(tl.reshape(word, (BLOCK // 16, 4, 4)), (0, 2, 1)).reshape((BLOCK,))
+        to = start + tl.arange(0, BLOCK)
+        for slot in tl.static_range(SLOTS):
+            known = (to < WIDTH) & (positions[slot] >= 0)
+            tl.store(out_ptr + positions[slot] * WIDTH + to, word.to(tl.int32), mask=known)
+    if scale_ptr is not None:
+        if x_scale_ptr is not None:
+            scale = tl.load(x_scale_ptr + source)
+        for slot in tl.static_range(SLOTS):
+            tl.store(scale_ptr + positions[slot], scale, mask=positions[slot] >= 0)
