@@ -33,7 +33,7 @@ def shared_types(stored: Storage, operand: str, halves: int) -> Types:
     """Of the parameters that both GEMM kernels have: tiles, epilogue, output."""
     last = halves == 1
     return {
-        "row_scale_ptr": "*fp32" if stored.scale in ("row", "fold") or stored.folded else None,
+        "row_scale_ptr": "*fp32" if stored.scale in ("row", "fold") or stored.folds else None,
         "bias_ptr": "*fp32" if last else None,
         "table_ptr": None,
         "post_ptr": None,

@@ -109,9 +109,12 @@ def _evaluate(op: str, a: list[Tensor]) -> Tensor:
     if op == "cvt.rn.f16x2.e4m3x2":
         halves = (encode_float(decode_e4m3(a[0] >> 8 * i & 0xFF), "f16") for i in (0, 1))
         return sum(half << 16 * i for i, half in enumerate(halves))
-    if op == "cvt.rn.f16x2.f32":
+    if op == "cvt.f32.f16":
+        return decode_float(a[0], "f16").float().view(torch.int32).long() & MASK
+    if op in ("cvt.rn.f16x2.f32", "cvt.rn.bf16x2.f32"):
+        kind = op.split(".")[2].removesuffix("x2")
         high, low = (x.int().view(torch.float32).double() for x in a)
-        return encode_float(high, "f16") << 16 | encode_float(low, "f16")
+        return encode_float(high, kind) << 16 | encode_float(low, kind)
     if op not in ARITHMETIC:
         raise NotImplementedError(op)
     operation, kind = ARITHMETIC[op]

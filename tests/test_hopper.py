@@ -116,21 +116,23 @@ class Launches(list):
         ("int4g32_bf16", 150, 6),
         ("int4g32_bf16", 9000, 7),
         ("int4g32_fp8", 8, 6),
-        ("mxfp4_int8", 150, 7),
-        ("int4g32_fp8", 9000, 8),
+        ("mxfp4_int8", 150, 6),
+        ("int4g32_fp8", 9000, 7),
+        ("fp8block_fp8", 9000, 7),
     ],
 )
 def test_launches_inside_the_workspace(monkeypatch, which, tokens, count, on_input):
     """Four launches for few tokens, five or (with a plan in two) six for many, one more where
-    hidden rows are quantized or become fp16, and where rows of the input are or differ by pair; in
-    memory that is the workspace's."""
+    hidden rows are quantized or become fp16, and where rows of the input differ by pair or, for few
+    tokens, are quantized; in memory that is the workspace's."""
     pytest.importorskip("triton")
-    from moelten.kernels import hopper_gemm, hopper_plan, triton_ops, triton_plan
+    from moelten.kernels import hopper_gemm, hopper_plan, hopper_rows, triton_ops, triton_plan
 
     launches = Launches()
     for module, names in (
         (hopper_gemm, ("decode_kernel", "prefill_kernel")),
-        (hopper_plan, ("plan_kernel", "gather_kernel", "combine_kernel")),
+        (hopper_plan, ("plan_kernel", "combine_kernel")),
+        (hopper_rows, ("gather_kernel", "quantize_kernel")),
         (triton_plan, ("count_kernel", "place_kernel")),
         (triton_ops, ("quantize_kernel",)),
     ):

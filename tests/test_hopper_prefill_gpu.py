@@ -43,8 +43,9 @@ def only(monkeypatch, variant):
 
     def choose(stored, scale_type, *sizes, grouped=False):
         if grouped:
-            return with_groups(variant(stored, scale_type), scale_type)
-        return variant(stored.folded or stored, scale_type)
+            operands = stored if stored.folds else stored.many or stored
+            return with_groups(variant(operands, scale_type), scale_type)
+        return variant(stored.many or stored, scale_type)
 
     monkeypatch.setattr(hopper, "choose_wide", choose)
     for function in prepared:

@@ -146,7 +146,7 @@ def unit_index(bits: int) -> Callable[[int, int], int]:
 
 
 def body(lines: list[str]) -> str:
-    return "{\n" + "\n".join([".reg .b32 t<8>;", ".reg .b16 h<2>;", *lines]) + "\n}"
+    return "{\n" + "\n".join([".reg .b32 t<8>;", ".reg .b16 h<4>;", *lines]) + "\n}"
 
 
 def spread(pair: str, low: str = "t4", high: str = "t5") -> list[str]:

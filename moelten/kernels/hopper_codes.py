@@ -117,8 +117,8 @@ E2M1_BF16_SCALED = Code(
 )
 
 # e4m3 -------------------------------------------------------------------------------------------
-# As bf16: sign at 15, exponent and mantissa at 10..4; the value * 2**-120. One code of a half in
-# place, the other in the bits between, which two moves bring there.
+# As bf16, times a scale: sign at 15, exponent and mantissa at 10..4; the value * 2**-120. One code
+# of a half in place, the other in the bits between, which two moves bring there.
 _E4M3_BF16: Bits = (4, 5, 6, 7, 8, 9, 10, 15)
 _E4M3_BF16_PIECES: Pieces = tuple(
     pieces
@@ -129,9 +129,6 @@ _E4M3_BF16_PIECES: Pieces = tuple(
     )
 )
 _E4M3_BF16_PLACES = place(_E4M3_BF16_PIECES, _E4M3_BF16, unit_index(8))
-E4M3_BF16 = Code(
-    "e4m3", "bf16", 8, _E4M3_BF16_PLACES, multiply(_E4M3_BF16_PIECES, "bf16", 0x7B807B80)
-)
 E4M3_BF16_SCALED = Code(
     "e4m3",
     "bf16",
@@ -142,17 +139,28 @@ E4M3_BF16_SCALED = Code(
 )
 
 
-def _e4m3_fp16() -> Code:
-    """Hopper converts two codes in one instruction; they lie in canonical order."""
+def _e4m3(operand: str) -> Code:
+    """Hopper converts two codes to fp16 in one instruction; they lie in canonical order.
+
+    From there to bf16 it is three more, which is no more than moving bits takes: so the kernel for
+    many tokens, which multiplies in fp16, has next to nothing to decode.
+    """
     lines = []
     for step in (0, 1):
         for b in (0, 1):
             lines.append(f"mov.b32 {{h0, h1}}, ${8 + 2 * step + b};")
-            lines += [f"cvt.rn.f16x2.e4m3x2 ${step + 2 * (b + 2 * j)}, h{j};" for j in (0, 1)]
-    return Code("e4m3", "fp16", 8, tuple(range(64)), body(lines))
+            for j in (0, 1):
+                out = f"${step + 2 * (b + 2 * j)}"
+                if operand == "fp16":
+                    lines.append(f"cvt.rn.f16x2.e4m3x2 {out}, h{j};")
+                else:
+                    lines += [f"cvt.rn.f16x2.e4m3x2 t0, h{j};", "mov.b32 {h2, h3}, t0;"]
+                    lines += ["cvt.f32.f16 t1, h2;", "cvt.f32.f16 t2, h3;"]
+                    lines.append(f"cvt.rn.bf16x2.f32 {out}, t2, t1;")
+    return Code("e4m3", operand, 8, tuple(range(64)), body(lines))
 
 
-E4M3_FP16 = _e4m3_fp16()
+E4M3_BF16, E4M3_FP16 = _e4m3("bf16"), _e4m3("fp16")
 
 
 # Integers ---------------------------------------------------------------------------------------
@@ -315,7 +323,7 @@ def _zeros(base: int) -> PairCode:
     return PairCode(body(lines), 4, places)
 
 
-# The bf16 scales of a group's two rows, which fit in fp16: see `Storage.folded`.
+# The bf16 scales of a group's two rows, which fit in fp16: see `Storage.many`.
 BF16_PAIR = PairCode(
     body(["shl.b32 t0, $1, 16;", "and.b32 t1, $1, 0xffff0000;", "cvt.rn.f16x2.f32 $0, t1, t0;"]),
     1,
@@ -341,9 +349,10 @@ class Storage:
     zeros: how words of zero points become what `code` subtracts
     bias, least: exponents e are stored as e + bias - shift, and e - shift >= least keeps every
            product of a scale and a code exact
-    folded: the same bits as operands of fp16, times their scales: 11 bits, which bf16 has not.
-           Then scales are stored times the power of two, whose inverse is the row_scale, that
-           brings the largest of a row to 2**14 .. 2**15; those below 2**-27 of it lose bits
+    many:  the same bits as operands of fp16, for many tokens per expert: codes of e4m3, which cost
+           less to decode, or codes times their scales ("fold"), 11 bits, which bf16 has not. Then
+           scales are stored times the power of two, whose inverse is the row_scale, that brings the
+           largest of a row to 2**14 .. 2**15; those below 2**-27 of it lose bits
     """
 
     code: Code
@@ -353,7 +362,7 @@ class Storage:
     zeros: PairCode | None = None
     bias: int = 0
     least: int = 1
-    folded: Storage | None = None
+    many: Storage | None = None
 
     @property
     def scales_sums(self) -> bool:
@@ -366,7 +375,12 @@ class Storage:
 
         Groups of 128 do not fold beside activations with scales for as many columns.
         """
-        return self.scales_sums and (self.folded is None or self.group == 128)
+        return self.scales_sums and (not self.folds or self.group == 128)
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales join codes for many tokens, though not here."""
+        return self.many is not None and self.many.scale == "fold"
 
     @property
     def by_chunk(self) -> bool:
@@ -409,11 +423,13 @@ def storage(fmt: Format, operand: str) -> Storage:
     where = "row" if group is None else "group" if rows == 1 else "block"
     if isinstance(fmt, Int4) and (operand, fmt.zero_point) in _INT4 and group in _INT4_GROUPS:
         zeros = _ZEROS[operand] if fmt.zero_point else None
-        folded = None
+        many = None
         if group in (32, 64, 128) and not fmt.zero_point and fmt.scale == "bfloat16":
-            folded = Storage(INT4_FP16_SCALED, "fold", group, BF16_PAIR)
+            many = Storage(INT4_FP16_SCALED, "fold", group, BF16_PAIR)
         code = _INT4[operand, fmt.zero_point]
-        return Storage(code, where, group or 0, zeros=zeros, folded=folded)
+        return Storage(code, where, group or 0, zeros=zeros, many=many)
     if (kind, operand) in _BYTES:
-        return Storage(_BYTES[kind, operand], where, group or 0)  # type: ignore[index]
+        code = _BYTES[kind, operand]  # type: ignore[index]
+        many = Storage(E4M3_FP16, where, group or 0) if code == E4M3_BF16 else None
+        return Storage(code, where, group or 0, many=many)
     raise UnsupportedError(f"the Hopper layout has no {fmt.name} weights as {operand} operands")

@@ -322,7 +322,7 @@ def _pack_scale(matrix: QTensor, stored: Storage) -> dict[str, Tensor]:
     if stored.scale == "block":
         return {"scale": _pack_blocks(numbers.float(), rows)}
     parts = {}
-    if stored.folded is not None:
+    if stored.folds:
         # The largest of a row to 2**14 .. 2**15; a row_scale must not be subnormal.
         _, exponent = torch.frexp(numbers.abs().amax(-1).float())
         shift = (15 - exponent).clamp(max=126)
@@ -360,7 +360,7 @@ def _unpack_scale(
         }
     tiles = parts["scale"].permute(0, 2, 3, 5, 1, 4).flatten(4)
     numbers = matrix.untile(tiles, groups)
-    if stored.folded is not None:
+    if stored.folds:
         numbers = numbers * _unpack_rows(parts["row_scale"], matrix)[..., None]
     return {"scale": _encode_scale(numbers, fmt.scale_dtype)}
 

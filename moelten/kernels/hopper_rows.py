@@ -60,7 +60,8 @@ def quantize(
         out.data, out.scale, out.global_scale,
         1 if pairs is None else pairs.ids.shape[1], more.first_expert, columns, len(out.data),
         SLOTS=rows_per_source, WIDTH=out.data.shape[1], GROUP=group, GROUPS=groups,
-        KIND="int8" if isinstance(fmt, Int8) else "fp8", NATIVE=rounds_to_e4m3(x.device),
+        GROUPED=fmt.block[1] is not None, KIND="int8" if isinstance(fmt, Int8) else "fp8",
+        NATIVE=rounds_to_e4m3(x.device),
         num_warps=4 if group * groups <= 4096 else 8,
     )  # fmt: skip
 
@@ -80,7 +81,7 @@ def quantize_kernel(
     x_ptr, inverse_ptr, ids_ptr, router_ptr, pre_ptr, out_ptr, scale_ptr, last_ptr,
     top_k, first_expert, columns, count,
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    KIND: tl.constexpr, NATIVE: tl.constexpr,
+    GROUPED: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     source = tl.program_id(0).to(tl.int64)
     # All before the first store, lest each waits for the stores before it.
@@ -112,16 +113,15 @@ def quantize_kernel(
     if last_ptr is not None:
         scale, last_scale = _units(scale, GROUPS, last)
     for slot in tl.static_range(SLOTS):
-        position = positions[slot]
-        known = position >= 0
-        tl.store(out_ptr + position * WIDTH + k, codes, mask=(k < WIDTH) & known)
-        if scale_ptr.dtype.element_ty == tl.float32 and GROUP == 128:
-            at = scale_ptr + (g.to(tl.int64) * count + position) * 4
+        known = positions[slot] >= 0
+        tl.store(out_ptr + positions[slot] * WIDTH + k, codes, mask=(k < WIDTH) & known)
+        if GROUPED:
+            at = scale_ptr + (g.to(tl.int64) * count + positions[slot]) * 4
             tl.store(at, scale, mask=(g <= last) & known)
         else:
-            tl.store(scale_ptr + position + g, scale, mask=(g < 1) & known)
+            tl.store(scale_ptr + positions[slot] + g, scale, mask=(g < 1) & known)
         if last_ptr is not None:
-            tl.store(last_ptr + position, last_scale, mask=known)
+            tl.store(last_ptr + positions[slot], last_scale, mask=known)
 
 
 def gather(x: Rows, rows_per_source: int, inverse: Tensor, out: Rows) -> None:

@@ -18,8 +18,8 @@ _WANTED_PROGRAMS = 4 * 132
 _LEAST_STEPS = 4
 _MAX_SPLITS = 8
 _BLOCKS = (8, 16)
-# Of 227 KiB a program can have; the epilogue takes two times 8 KiB.
-_SHARED_BYTES = 210 << 10
+# Of 227 KiB a program can have; the epilogue takes 16 KiB, barriers and pieces of work 1 or 2.
+_SHARED_BYTES = 208 << 10
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def choose_wide(
     """
     mean = pairs / num_experts
     # Scales that join the weights leave none that those of activations could join.
-    operands = stored if grouped else stored.folded or stored
+    operands = stored if grouped and stored.folds else stored.many or stored
     if mean <= _few(stored):
         return None
     if mean <= _some(operands):
@@ -181,8 +181,10 @@ def _fitted(
     """As many slots as fit in shared memory."""
     chunk, scale, zero = box_rows(stored, scale_type)
     slot = 128 * (tiles * (stage * chunk + scale + zero) + stage * block)
-    slot += stage // 2 * 16 * block if grouped else 0
-    return WideVariant(stored, block, min(_SHARED_BYTES // slot, 8), stage, tiles, grouped)
+    room, scales = _SHARED_BYTES, 16 * block  # of a group of activations
+    if grouped:
+        slot, room = slot + stage // 2 * scales, room - scales
+    return WideVariant(stored, block, min(room // slot, 8), stage, tiles, grouped)
 
 
 def type_name(dtype: torch.dtype | None) -> str:

@@ -159,7 +159,7 @@ def warpgroup_sums(
         for i in gl.static_range(TURNS):
             now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], slot, i // BANDS, P)
             acc = _put(acc, i % BANDS, now)
-            if BANDS == 1 and P.scaled:
+            if BANDS == 1:
                 acc = _wait(acc, 0, 0)
             if i > 0:
                 acc = _wait(acc, (i - 1) % BANDS, IN_FLIGHT)
