@@ -5,12 +5,14 @@ Every file with tests marked `gpu`, and the suites of the Triton kernels, which 
 themselves, run side by side, a few tests per process, processes in turn on all GPUs: compiling is
 what takes the time. What does not run is named: a file that cannot be imported (an extra is
 missing) is a failure, skipped tests come with their reason. The report is rewritten after each
-process, so a run that is cut short loses nothing. Meanwhile compute-sanitizer looks at a sample,
-where the machine allows it.
+process, so a run that is cut short loses nothing: `--only FILE ..` runs some files, and `--onto
+REPORT` leaves out those that a report of the same commit has. Meanwhile compute-sanitizer looks at
+a sample, where the machine allows it, unless only some files run.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from pathlib import Path
@@ -166,19 +169,36 @@ def jobs() -> list[list[str]]:
     ]
 
 
-def main(target: Path) -> int:
+def known(report: Path | None) -> dict[str, dict[str, Any]]:
+    """What a report of the same commit says, by its commands; nothing of another."""
+    if report is None:
+        return {}
+    record = json.loads(report.read_text())
+    if record["commit"] != commit():
+        raise SystemExit(f"{report} is of {record['commit']}, not of {commit()}")
+    done = [run for run in record["runs"] if run["command"][-1] not in record["unfinished"]]
+    return {json.dumps(run["command"]): {key: run[key] for key in EMPTY} for run in done}
+
+
+def main(target: Path, only: Sequence[str] = (), onto: Path | None = None) -> int:
     import torch
     import triton
 
     work = jobs()
     files = [[Path(a).name for a in arguments] for arguments in work]
-    runs = [dict(EMPTY) for _ in work]
+    before = known(onto)
+    runs = [before.get(json.dumps(command), dict(EMPTY)) for command in files]
+    chosen = [i for i, c in enumerate(files) if c[-1] in only or not (only or runs[i]["tests"])]
+    for index in chosen:
+        runs[index] = dict(EMPTY)
     turns = itertools.cycle(gpus())
     with ThreadPoolExecutor(WORKERS) as pool:
-        sample = pool.submit(memcheck)
+        sample = None if only else pool.submit(memcheck)
         pending = {
             pool.submit(run, share, WORKERS, next(turns)): index
-            for index, parts in enumerate(pool.map(shares, work))
+            for index, parts in zip(
+                chosen, pool.map(shares, [work[i] for i in chosen]), strict=True
+            )
             for share in parts
         }
         unfinished = list(pending.values())
@@ -186,6 +206,8 @@ def main(target: Path) -> int:
             index = pending[done]
             runs[index] = add(runs[index], done.result())
             unfinished.remove(index)
+            missing = {files[i][-1] for i in unfinished}
+            missing |= {c[-1] for c, r in zip(files, runs, strict=True) if not r["tests"]}
             record = {
                 "commit": commit(),
                 "gpu": torch.cuda.get_device_name(),
@@ -194,19 +216,25 @@ def main(target: Path) -> int:
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 "tests": sum(r["tests"] for r in runs),
                 "failed": sum(len(r["failed"]) for r in runs),
-                "unfinished": sorted({files[i][-1] for i in unfinished}),
+                "unfinished": sorted(missing),
                 "runs": [{"command": c} | r for c, r in zip(files, runs, strict=True)],
             }
             target.write_text(json.dumps(record, indent=1) + "\n")
-    checked = sample.result()
-    target.write_text(json.dumps(record | {"memcheck": checked}, indent=1) + "\n")
-    print("memcheck:", checked)
+    if sample is not None:
+        checked = sample.result()
+        target.write_text(json.dumps(record | {"memcheck": checked}, indent=1) + "\n")
+        print("memcheck:", checked)
     for name, r in zip(files, runs, strict=True):
         print(f"{r['tests']:5} {len(r['failed']):3} failed  {name[-1]}")
     failed = any(r["failed"] or not r["tests"] for r in runs)
-    return int(failed or not checked.get("passed", True))
+    return int(failed or not (sample and sample.result().get("passed", True)))
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     folder = ROOT / "benchmarks" / "results"
-    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else folder / "gpu-tests.json"))
+    parser.add_argument("target", nargs="?", type=Path, default=folder / "gpu-tests.json")
+    parser.add_argument("--only", nargs="*", default=[], metavar="FILE")
+    parser.add_argument("--onto", type=Path, metavar="REPORT")
+    given = parser.parse_args()
+    sys.exit(main(given.target, given.only, given.onto))

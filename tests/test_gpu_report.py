@@ -123,3 +123,17 @@ def test_the_report(script, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(script, "memcheck", lambda found=found: found)
         assert script.main(tmp_path / "report.json") == code
+
+
+def test_reports_of_one_commit_go_together(script, tmp_path, monkeypatch):
+    report = tmp_path / "report.json"
+    run = {"command": ["-m", "gpu", "test_a.py"], **script.EMPTY, "tests": 3}
+    cut_short = run | {"command": ["-m", "gpu", "test_b.py"]}
+    record = {"commit": "abc", "unfinished": ["test_b.py"], "runs": [run, cut_short]}
+    report.write_text(json.dumps(record))
+    monkeypatch.setenv("COMMIT", "abc")
+    assert script.known(None) == {}
+    assert script.known(report) == {json.dumps(run["command"]): script.EMPTY | {"tests": 3}}
+    monkeypatch.setenv("COMMIT", "def")
+    with pytest.raises(SystemExit, match="is of abc, not of def"):
+        script.known(report)
