@@ -118,9 +118,13 @@ class Problem:
 
     @property
     def uneven(self) -> bool:
-        """Whether half of a matrix's last piece, or more, is nothing: products that take long."""
+        """Whether half of a matrix's last piece, or more, is nothing, and not multiplied.
+
+        Not for groups of 32 that are scaled, as ptxas then lets all products wait for each other.
+        """
         rest = self.row_tiles % self.variant.tiles
-        return not self.variant.by_warp and 0 < rest <= self.variant.tiles // 2
+        multiplied_long = not self.variant.by_warp and self.groups == 1
+        return multiplied_long and 0 < rest <= self.variant.tiles // 2
 
     @property
     def spread(self) -> bool:

@@ -122,8 +122,11 @@ def _in_units(
 
 
 @gluon.jit
-def _wait(acc, band: gl.constexpr, others: gl.constexpr):
-    """Wait for a band's products, and for no more than so many later ones."""
+def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
+    """Wait for a band's products, and for no more than so many later ones.
+
+    BANDS: of acc; without them Triton takes one band of 8 tensors for two of 4
+    """
     return _put(acc, band, warpgroup_mma_wait(others, deps=acc[band]))
 
 
@@ -160,9 +163,9 @@ def warpgroup_sums(
             now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], slot, i // BANDS, P)
             acc = _put(acc, i % BANDS, now)
             if BANDS == 1:
-                acc = _wait(acc, 0, 0)
+                acc = _wait(acc, 0, 0, BANDS)
             if i > 0:
-                acc = _wait(acc, (i - 1) % BANDS, IN_FLIGHT)
+                acc = _wait(acc, (i - 1) % BANDS, IN_FLIGHT, BANDS)
             if i + 1 < TURNS:
                 if P.scaled:
                     sums, own = _in_units(
@@ -184,7 +187,7 @@ def warpgroup_sums(
             unit = _put(unit, 0, own)
         first = _take(ring, zero[0], slot, 0, chunk + P.variant.stage, P)
         turn = _end_block(turn)
-        acc = _wait(acc, (TURNS - 1) % BANDS, 0)
+        acc = _wait(acc, (TURNS - 1) % BANDS, 0, BANDS)
         leave(before)
         turn += 1
     out = ()
