@@ -84,6 +84,7 @@ def find(x):
 
     Every kilobyte gets its number; a swizzled buffer begins with one, and is asked for it.
     """
+    gl.thread_barrier()  # Gluon does not know of these stores: what it keeps there may be read yet
     number = gl.arange(0, 256, gl.BlockedLayout([2], [32], [gl.num_warps()], [0]))
     gl.inline_asm_elementwise(
         """{.reg .b32 at, size; .reg .pred inside;
