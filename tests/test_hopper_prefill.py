@@ -31,6 +31,7 @@ from moelten.kernels.hopper_schedule import (
     box_rows,
     choose_wide,
     narrow_variant,
+    operands_of,
     type_name,
     warp_variant,
     wide_variant,
@@ -58,7 +59,7 @@ SCARCE = ("nvfp4", "int4g128z", "int4g32", "int4g128", "int8")
 def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, grouped=False, rows=2048):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, scales of rows) as `prefill_gemm` calls it."""
     given = storage(fmt, operand)
-    stored = given if grouped and given.folds else given.many or given
+    stored = operands_of(given, by_warp=choose is warp_variant, grouped=grouped)
     kind, scale = stored.code.operand, scale_name(fmt, stored)
     variant = choose(stored, scale)
     if grouped:
@@ -210,6 +211,19 @@ def test_which_kernel_runs():
             # Pieces of 512 rows are too few for the GPU, if experts are.
             few = {n: 128 if tile == 64 and experts < 256 else tile for n, tile in tiles.items()}
             assert few.items() <= found.items()
+
+
+def test_as_what_weights_are_multiplied():
+    """Groups of 128 fold where many sums would have to be scaled, and smaller ones everywhere."""
+    few, many = (320, 16, (4096, 4096)), (2048, 16, (4096, 4096))
+    for fmt, folds in ((Int4(128), (False, True)), (Int4(64), (True, True))):
+        stored = storage(fmt, "bf16")
+        for sizes, wanted in zip((few, many), folds, strict=True):
+            weights = choose_wide(stored, "bfloat16", *sizes).weights
+            assert weights == (stored.many if wanted else stored)
+        assert choose_wide(stored, "bfloat16", *many, grouped=True).weights == stored
+    fp8 = storage(FP8((128, 128)), "bf16")
+    assert choose_wide(fp8, "float32", *few, grouped=True).weights == fp8.many
 
 
 @pytest.mark.parametrize("name", CASES)

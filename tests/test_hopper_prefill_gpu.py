@@ -26,6 +26,7 @@ from moelten.formats import BF16, FP8, Int4, Scheme, scheme
 from moelten.kernels import arena, hopper
 from moelten.kernels.hopper_schedule import (
     narrow_variant,
+    operands_of,
     warp_variant,
     wide_variant,
     with_groups,
@@ -42,10 +43,10 @@ def only(monkeypatch, variant):
     prepared = (arena._prepare, arena._measure)
 
     def choose(stored, scale_type, *sizes, grouped=False):
-        if grouped:
-            operands = stored if stored.folds else stored.many or stored
-            return with_groups(variant(operands, scale_type), scale_type)
-        return variant(stored.many or stored, scale_type)
+        by_warp = variant is warp_variant
+        operands = operands_of(stored, by_warp=by_warp, grouped=grouped)
+        chosen = variant(operands, scale_type)
+        return with_groups(chosen, scale_type) if grouped else chosen
 
     monkeypatch.setattr(hopper, "choose_wide", choose)
     for function in prepared:

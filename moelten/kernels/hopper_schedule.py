@@ -110,17 +110,28 @@ def choose_wide(
     bytes, the sooner passes are too many.
     """
     mean = pairs / num_experts
-    # Scales that join the weights leave none that those of activations could join.
-    operands = stored if grouped and stored.folds else stored.many or stored
+    operands = operands_of(stored, by_warp=False, grouped=grouped)
     if mean <= _few(stored):
         return None
     if mean <= _some(operands):
-        variant = warp_variant(operands, scale_type, columns)
+        by_warp = operands_of(stored, by_warp=True, grouped=grouped)
+        variant = warp_variant(by_warp, scale_type, columns)
     elif mean <= 56 and _suits_narrow(operands, num_experts, columns):
         variant = narrow_variant(operands, scale_type)
     else:
         variant = wide_variant(operands, scale_type)
     return with_groups(variant, scale_type) if grouped else variant
+
+
+def operands_of(stored: Storage, *, by_warp: bool, grouped: bool) -> Storage:
+    """As what many tokens multiply weights: `Storage.many`, if there is that.
+
+    But scales that join weights leave none that those of activations could join; and groups of 128
+    are scaled sooner as sums, where there are as few as single warps have (H200: 10 %).
+    """
+    if stored.many is None or (stored.folds and (grouped or (by_warp and stored.group == 128))):
+        return stored
+    return stored.many
 
 
 def _few(stored: Storage) -> int:
