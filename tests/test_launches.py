@@ -242,3 +242,16 @@ def test_all_kernels_of_a_layer_are_launched_here():
     for path in (*folder.glob("triton_*.py"), *folder.glob("hopper*.py")):
         if path.name != "triton_routing.py":  # one launch, of a call of its own
             assert not re.findall(r"kernel\w*\[[^\]]*\]\(", path.read_text()), path.name
+
+
+def test_a_kernel_that_does_not_compile_leaves_nothing_behind():
+    def fail():
+        raise ValueError("no such instruction")
+
+    def call():
+        active_mode.get().submit("key", fail, lambda kernel: None)
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such instruction"):
+            launches._compile(call)
+        assert active_mode.get() is None and not launches._COMPILING.get()

@@ -17,7 +17,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import cache, reduce
 from itertools import pairwise
 from operator import or_
@@ -61,12 +61,14 @@ def _compile(call: Callable[[], None]) -> None:
     """Compile whatever `call` launches and was never compiled, all at once: each takes seconds."""
     from triton import AsyncCompileMode
 
-    token = _COMPILING.set(True)
-    try:
+    def together() -> None:
+        _COMPILING.set(True)
         with ThreadPoolExecutor() as workers, AsyncCompileMode(workers):
             call()
-    finally:
-        _COMPILING.reset(token)
+
+    # In a context of its own: where a kernel does not compile, Triton's mode stays set, and every
+    # later call would fail of that.
+    copy_context().run(together)
 
 
 class _Attribute(ctypes.Structure):
