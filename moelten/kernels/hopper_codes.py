@@ -17,9 +17,10 @@ so that with `pack=4` each tensor of 16-bit elements that the inline assembly re
 s) and, along the axis of the four words, [c or s or j, h]: h is the half of a register, the parity
 of the column. Halves of a "pair" are the two row halves b instead: multipliers and zero points.
 
-    e2m1, e4m3   the bits of a code, in the place of the number's own low exponent and high mantissa
-                 bits, are that number times a power of two, subnormals included; one multiplication
-                 undoes the power, and applies the scale where the product is exact ("fold")
+    e2m1, and    the bits of a code, in the place of the number's own low exponent and high mantissa
+    e4m3 that    bits, are that number times a power of two, subnormals included; one multiplication
+    folds        undoes the power, and applies the scale where the product is exact ("fold")
+    other e4m3   two codes at a time are converted by an instruction
     int4, int8   the bits of q + 8 or q + 128 in the low mantissa of 128.0 (bf16) or 1024.0 (fp16)
                  are that much plus q; one subtraction leaves q, or q - zero, and one more exact
                  multiplication, in the same instruction, q * scale

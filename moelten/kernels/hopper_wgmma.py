@@ -197,10 +197,10 @@ def warpgroup_sums(
 
 
 @gluon.jit
-def _first_unit(ring, slot, tile: gl.constexpr, chunk, P: gl.constexpr):
+def _first_unit(ring, slot, band: gl.constexpr, chunk, P: gl.constexpr):
     """The first scales; a first group of zeros has some unit, less than any that follows."""
     if P.scaled:
-        unit = take_scale(ring, slot, tile, chunk, 0, P)
+        unit = take_scale(ring, slot, band, chunk, 0, P)
         return gl.where(unit == 0, 1.1754943508222875e-38, unit)
     else:
         return 0
