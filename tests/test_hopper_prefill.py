@@ -95,7 +95,7 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, groupe
         *((name, 2, narrow_variant, False) for name in ("mxfp4", "nvfp4", "int4g32")),
         *(
             (name, halves, wide_variant, True)
-            for name, halves in (("fp8block", 2), ("int4g128", 1))
+            for name, halves in (("fp8block", 2), ("int4g128", 1), ("int4g128z", 1))
         ),
     ],
 )
