@@ -143,8 +143,9 @@ E4M3_BF16_SCALED = Code(
 def _e4m3(operand: str) -> Code:
     """Hopper converts two codes to fp16 in one instruction; they lie in canonical order.
 
-    From there to bf16 it is three more, which is no more than moving bits takes: so the kernel for
-    many tokens, which multiplies in fp16, has next to nothing to decode.
+    From there to bf16 it is three more, together a little more than moving bits would take, and the
+    kernel for few tokens has room for it; that for many, which multiplies in fp16, has next to
+    nothing to decode.
     """
     lines = []
     for step in (0, 1):
