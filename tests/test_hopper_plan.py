@@ -70,13 +70,13 @@ def ordered(x: torch.Tensor) -> torch.Tensor:
     return x.view(len(x), -1, 4, 4, 2).transpose(2, 3).reshape(x.shape)
 
 
-def gathered(x, rows_per_source: int, inverse, scale=None, dtype=None, own=None) -> torch.Tensor:
-    """What `gather` writes, over a poison; own: scales of x."""
+def gathered(x, rows_per_source: int, inverse, scale=None, dtype=None) -> torch.Tensor:
+    """What `gather` writes, over a poison."""
     width = -(-x.shape[1] // 32) * 32
     out = torch.full((len(inverse), width), POISON, dtype=torch.int16, device=DEVICE)
     found = out.view(dtype or x.dtype)
-    rows, into = triton_ops.Rows(x, own), triton_ops.Rows(found, scale)
-    hopper_rows.gather(rows, rows_per_source, inverse.int().to(DEVICE), into)
+    into = triton_ops.Rows(found, scale)
+    hopper_rows.gather(x, rows_per_source, inverse.int().to(DEVICE), into)
     return found.cpu()
 
 
@@ -105,17 +105,6 @@ def test_gather(columns, slots):
     x, inverse = x.view(torch.bfloat16), some_places(5 * slots)
     wanted = placed(ordered(x), slots, inverse)
     assert same_bits(gathered(x.to(DEVICE), slots, inverse), wanted)
-
-
-def test_gather_with_scales():
-    """Rows and their scales, as they are."""
-    x, own, inverse = torch.randn(5, 72).half(), torch.rand(5, 1), some_places(15)
-    scale = torch.full((15, 1), -5.0, device=DEVICE)
-    found = gathered(x.to(DEVICE), 3, inverse, scale, own=own.to(DEVICE))
-    assert same_bits(found, placed(ordered(x), 3, inverse))
-    pairs = torch.arange(15)[inverse >= 0]
-    assert torch.equal(scale.cpu()[inverse[pairs]], own[pairs // 3])
-    assert (scale[len(pairs) :] == -5).all()
 
 
 def hard_rows(columns: int) -> torch.Tensor:

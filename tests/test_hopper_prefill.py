@@ -162,13 +162,13 @@ def test_machine_code_of_warps(name, grouped):
         assert len(body) <= (120 if name == "int4g32z" else 110 if grouped else 100) * 2 * stage
 
 
-def test_memory_is_not_numbered_while_it_is_read():
-    """Addresses are found by writing all over shared memory, the first time and the second."""
+def test_memory_is_numbered_before_it_is_read():
+    """Addresses are found by writing all over shared memory: once, before anything is kept there."""
     ptx = compiled(*CASES["mxfp4"], 2).asm["ptx"]
-    found = [match.start() for match in re.finditer("%dynamic_smem_size", ptx)]
-    assert len(found) >= 2
-    for end in found:
-        assert "bar.sync" in ptx[max(ptx.rfind("ld.shared", 0, end), 0) : end]
+    last = ptx.rfind("%dynamic_smem_size")
+    before = ptx[ptx.index(".entry") : last]
+    assert "ld.shared" not in before and "mbarrier" not in before
+    assert "bar.sync" in ptx[last : ptx.index("ld.shared", last)]
 
 
 def test_parameters_are_those_of_a_recorded_launch():

@@ -234,7 +234,7 @@ def _many(
     assert plan.inverse is not None
     if isinstance(fmt, Float):
         rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
-        gather(rows, rows_per_source, plan.inverse, wide.first)
+        gather(rows.data, rows_per_source, plan.inverse, wide.first)
     else:
         pairs = _pairs(experts, routing)
         quantize(x, fmt, wide.first, plan.inverse, 1 if pairs else routing.top_k, pairs)

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_mma import warp_sums
-from moelten.kernels.hopper_products import find
+from moelten.kernels.hopper_products import find, number_memory
 from moelten.kernels.hopper_ring import produce, take_work
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
@@ -141,12 +141,10 @@ def _multiply_piece(
     MOST: gl.constexpr = P.most
     units = (stop - first + UNIT - 1) // UNIT
     steps = _opaque(steps)
-    if P.uneven:
-        # Half the bands of the last piece, for which one number of units does.
-        if row_tile + BANDS >= P.row_tiles:
-            acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, MOST, BANDS // 2, P)
-        else:
-            acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, P.least, P)
+    # Half the bands of the last piece, for which one number of units does.
+    half = row_tile + BANDS >= P.row_tiles if P.uneven else False
+    if half:
+        acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, MOST, BANDS // 2, P)
     else:
         acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, P.least, P)
     first, expert = _opaque(first), _opaque(expert).to(gl.int64)
@@ -245,11 +243,12 @@ def prefill_kernel(
         P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
     )
     x_scales = _room(u_desc, P.variant.slots * P.variant.x_groups + 1)
-    there = x if P.variant.by_warp else find(x)
     work = gl.allocate_shared_memory(
         gl.int32, [P.variant.slots, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
     kilobyte = gl.allocate_shared_memory(gl.bfloat16, [1, 8, 64], x_desc.layout)
+    number_memory()
+    there = x if P.variant.by_warp else find(x)
     full_at = find(kilobyte)
     full = kilobyte._reinterpret(gl.int64, [128, 1], mbarrier.MBarrierLayout())
     SLOTS: gl.constexpr = P.variant.slots

@@ -79,12 +79,12 @@ def multiply(acc, left, place, half: gl.constexpr, OPERAND: gl.constexpr):
 
 
 @gluon.jit
-def find(x):
-    """Where a buffer [n, tokens, 64] of 16 bits begins in shared memory, which must be unused.
+def number_memory():
+    """Write its number into every kilobyte of shared memory, for `find`.
 
-    Every kilobyte gets its number; a swizzled buffer begins with one, and is asked for it.
+    Gluon does not know of these stores: buffers to be found must have been allocated, and nothing
+    may be kept in any yet.
     """
-    gl.thread_barrier()  # Gluon does not know of these stores: what it keeps there may be read yet
     number = gl.arange(0, 256, gl.BlockedLayout([2], [32], [gl.num_warps()], [0]))
     gl.inline_asm_elementwise(
         """{.reg .b32 at, size; .reg .pred inside;
@@ -97,6 +97,14 @@ def find(x):
         "=&r,r", [number], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     gl.thread_barrier()
+
+
+@gluon.jit
+def find(x):
+    """Where a buffer [n, tokens, 64] of 16 bits begins in shared memory, after `number_memory`.
+
+    A swizzled buffer begins with a kilobyte, and is asked for its number.
+    """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     rows = x.index(0).slice(0, 8, 0).load(L).to(gl.int16, bitcast=True).to(gl.int32)
     row = gl.arange(0, 8, gl.SliceLayout(1, L))[:, None]

@@ -124,21 +124,21 @@ def quantize_kernel(
             tl.store(last_ptr + positions[slot], last_scale, mask=known)
 
 
-def gather(x: Rows, rows_per_source: int, inverse: Tensor, out: Rows) -> None:
+def gather(x: Tensor, rows_per_source: int, inverse: Tensor, out: Rows) -> None:
     """out[inverse[p]] = row p // rows_per_source of x, for every pair p that has a position.
 
-    x:       [R, K] of 16 bits, a multiple of 2 of them, and the scales of its rows, if any
+    x:       [R, K] of 16 bits, a multiple of 2 of them
     inverse: int32 [R * rows_per_source], -1 for pairs that are not valid (`TilePlan`)
     out:     [P, K rounded up to 32], columns in the order of `hopper_layout`'s operands and then
-             zeros, and scales if x has some; scales that x has not are those of bf16 rows, written
-             in fp16, times the power of two that brings the largest of each to 2**14 .. 2**15: bit
-             for bit the rows of `triton_ops.quantize_rows(..., dtype=torch.float16)`
+             zeros; with scales, bf16 rows in fp16, times the power of two that brings the largest
+             of each to 2**14 .. 2**15: bit for bit the rows of `triton_ops.quantize_rows(...,
+             dtype=torch.float16)`
     """
-    width, words = out.data.shape[1] // 2, x.data.shape[1] // 2
+    width, words = out.data.shape[1] // 2, x.shape[1] // 2
     block = min(triton.next_power_of_2(width), _GATHERED)
     launch(
-        gather_kernel, (x.data.shape[0],),
-        x.data.view(torch.int32), x.scale, inverse, out.data.view(torch.int32), out.scale,
+        gather_kernel, (len(x),),
+        x.view(torch.int32), inverse, out.data.view(torch.int32), out.scale,
         SLOTS=rows_per_source, WORDS=words, WIDTH=width, BLOCK=block,
         num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
@@ -180,7 +180,7 @@ def _to_half(x):
 
 @triton.jit
 def gather_kernel(
-    x_ptr, x_scale_ptr, inverse_ptr, out_ptr, scale_ptr,
+    x_ptr, inverse_ptr, out_ptr, scale_ptr,
     SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read a row once, and write it for each of its pairs."""
@@ -190,14 +190,13 @@ def gather_kernel(
     positions = ()
     for slot in tl.static_range(SLOTS):
         positions = positions + (tl.load(inverse_ptr + source * SLOTS + slot).to(tl.int64),)
-    NORMALIZE: tl.constexpr = scale_ptr is not None and x_scale_ptr is None
-    if NORMALIZE:
+    if scale_ptr is not None:
         exponent = _row_exponent(x_ptr, WORDS, BLOCK)
         up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
         scale = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
     for start in range(0, WIDTH, BLOCK):
         word = _load_words(x_ptr, start, WORDS, BLOCK)
-        if NORMALIZE:
+        if scale_ptr is not None:
             word = _to_half(_low_half(word) * up) | (_to_half(_high_half(word) * up) << 16)
         # Words of 32 columns: t s j in memory, s j t in the order of operands.
         word = tl.trans(tl.reshape(word, (BLOCK // 16, 4, 4)), (0, 2, 1)).reshape((BLOCK,))
@@ -206,7 +205,5 @@ def gather_kernel(
             known = (to < WIDTH) & (positions[slot] >= 0)
             tl.store(out_ptr + positions[slot] * WIDTH + to, word.to(tl.int32), mask=known)
     if scale_ptr is not None:
-        if x_scale_ptr is not None:
-            scale = tl.load(x_scale_ptr + source)
         for slot in tl.static_range(SLOTS):
             tl.store(scale_ptr + positions[slot], scale, mask=positions[slot] >= 0)
