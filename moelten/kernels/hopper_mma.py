@@ -30,7 +30,7 @@ def _take_tokens(ring, slot, c: gl.constexpr, UNITS: gl.constexpr, P: gl.constex
     """Activations of a chunk, the c-th of its stage, [64, 8] times so many."""
     b = ()
     for i in gl.static_range(UNITS):
-        tokens = ring[X].index(slot * P.variant.stage + c).slice(8 * i, 8, 0)
+        tokens = ring[X].index((slot * P.variant.stage + c) * P.most + i)
         b = b + (tokens.permute((1, 0)).load(_RIGHT),)
     return b
 

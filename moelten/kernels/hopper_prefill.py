@@ -240,7 +240,7 @@ def prefill_kernel(
     scales = _room(s_desc, P.variant.slots * P.variant.tiles)
     zeros = _room(z_desc, P.variant.slots * P.variant.tiles)
     x = gl.allocate_shared_memory(
-        P.operand, [P.variant.slots * P.variant.stage, P.variant.block, 64], x_desc.layout
+        P.operand, [P.variant.slots * P.variant.stage * P.most, P.variant.unit, 64], x_desc.layout
     )
     x_scales = _room(u_desc, P.variant.slots * P.variant.x_groups + 1)
     work = gl.allocate_shared_memory(

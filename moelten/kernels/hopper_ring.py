@@ -282,9 +282,8 @@ def _fill(
                 _bring(z_desc, [block * Z_ROWS, 0], bar, to)
         for c in gl.static_range(STAGE):
             for unit in gl.static_range(UNITS):
-                tokens = ring[X].index(slot * STAGE + c).slice(unit * UNIT, UNIT, 0)
-                at = [first + unit * UNIT, (step * STAGE + c) * 64]
-                _bring(x_desc, at, bar, tokens)
+                to = ring[X].index((slot * STAGE + c) * P.most + unit)
+                _bring(x_desc, [first + unit * UNIT, (step * STAGE + c) * 64], bar, to)
         for g in gl.static_range(X_GROUPS):
             # Of all the block's tokens; what others there are adds to sums that are not stored.
             row = (step * X_GROUPS + g) * positions + first
