@@ -141,9 +141,8 @@ def _multiply_piece(
     MOST: gl.constexpr = P.most
     units = (stop - first + UNIT - 1) // UNIT
     steps = _opaque(steps)
-    # Half the bands of the last piece, for which one number of units does.
-    half = row_tile + BANDS >= P.row_tiles if P.uneven else False
-    if half:
+    if P.uneven and row_tile + BANDS >= P.row_tiles:
+        # Half the bands of the last piece, for which one number of units does.
         acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, MOST, BANDS // 2, P)
     else:
         acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, P.least, P)
