@@ -104,6 +104,11 @@ class Problem:
         return 2 if self.scaled and self.weights.group == 32 else 1
 
     @property
+    def parts(self) -> int:
+        """Parts of a stage, a chunk or a group of it each, that one scale of sums serves."""
+        return max(self.weights.group // 64, 1) if self.scaled else 1
+
+    @property
     def most(self) -> int:
         """Units of tokens of a block: tensors of sums of a row tile."""
         return self.variant.block // self.variant.unit

@@ -26,28 +26,23 @@ from moelten.kernels.hopper_ring import X, leave, place_of, wait_until_full
 
 
 @gluon.jit
-def _take(ring, zero, slot, band: gl.constexpr, chunk, P: gl.constexpr):
-    """A band's stage, which begins with a chunk, as operands: 32 columns each, [128, 16]."""
-    STAGE: gl.constexpr = P.variant.stage
-    out = ()
-    for c in gl.static_range(STAGE):
-        registers = take_weights(ring, zero, slot, band, chunk + c, c, P, gl.uint32)
-        low, high = gl.split(registers.reshape([128, 2, TOKENS]).permute((0, 2, 1)))
-        low = gl.convert_layout(low, SUMS, assert_trivial=True)
-        out = out + (low, gl.convert_layout(high, SUMS, assert_trivial=True))
-    return out
+def _take(ring, zero, slot, band: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr):
+    """A band's chunk, the c-th of its stage, as operands: 32 columns each, [128, 16]."""
+    registers = take_weights(ring, zero, slot, band, chunk, c, P, gl.uint32)
+    low, high = gl.split(registers.reshape([128, 2, TOKENS]).permute((0, 2, 1)))
+    low = gl.convert_layout(low, SUMS, assert_trivial=True)
+    return low, gl.convert_layout(high, SUMS, assert_trivial=True)
 
 
 @gluon.jit
-def _multiply(acc, a, x, slot, group: gl.constexpr, P: gl.constexpr):
-    """acc + a band's stage, or a group of it, @ x: in flight."""
-    STAGE: gl.constexpr = P.variant.stage
+def _multiply(acc, a, x, slot, part: gl.constexpr, P: gl.constexpr):
+    """acc + a part of a band's stage @ x: in flight."""
     HALVES: gl.constexpr = 2 // P.groups
+    FIRST: gl.constexpr = part % P.groups * HALVES
     OPERAND: gl.constexpr = P.operand
-    for c in gl.static_range(STAGE):
-        at = x + (slot * STAGE + c) * (P.variant.block * 128)
-        for h in gl.static_range(group * HALVES, group * HALVES + HALVES):
-            acc = multiply(acc, a[2 * c + h], at, h, OPERAND)
+    at = x + (slot * P.variant.stage + part // P.groups) * (P.variant.block * 128)
+    for h in gl.static_range(FIRST, FIRST + HALVES):
+        acc = multiply(acc, a[h], at, h, OPERAND)
     return acc
 
 
@@ -122,6 +117,27 @@ def _in_units(
 
 
 @gluon.jit
+def _prepare(
+    acc, unit, a, ring, zero, slot, x_slot, chunk, turn: gl.constexpr,
+    BANDS: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """What a turn of a stage, which begins with a chunk, needs: (sums, their units, operands)."""
+    BAND: gl.constexpr = turn % BANDS
+    PART: gl.constexpr = turn // BANDS
+    GROUP: gl.constexpr = PART % P.groups
+    C: gl.constexpr = PART // P.groups
+    if P.scaled and PART % P.parts == 0:
+        sums, own = _in_units(
+            acc[BAND], unit[BAND], ring, slot, x_slot, BAND, chunk + C, GROUP, P
+        )  # fmt: skip
+        acc = _put(acc, BAND, sums)
+        unit = _put(unit, BAND, own)
+    if GROUP == 0:
+        a = _put(a, BAND, _take(ring, zero[BAND], slot, BAND, chunk + C, C, P))
+    return acc, unit, a
+
+
+@gluon.jit
 def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
     """Wait for a band's products, and for no more than so many later ones.
 
@@ -139,13 +155,15 @@ def warpgroup_sums(
 
     ring: with a number for the activations: where they begin (`hopper_products.find`)
 
-    Bands take turns, group after group. While one multiplies, the one whose turn is next is
-    decoded, and its sums are brought to its next scales; within a stage it begins before the other
-    is waited for. Not so at its end, as ptxas keeps nothing in flight around a loop that other
-    registers of operands are written in; then the other warpgroup's products fill the gap.
+    Bands take turns, part after part: a chunk, or one of its groups. While one multiplies, the one
+    whose turn is next is decoded, and its sums are brought to its next scales; within a stage it
+    begins before the other is waited for. Not so at its end, as ptxas keeps nothing in flight
+    around a loop that other registers of operands are written in; then the other warpgroup's
+    products fill the gap.
     """
-    TURNS: gl.constexpr = BANDS * P.groups
-    IN_FLIGHT: gl.constexpr = P.variant.stage * 2 // P.groups
+    STAGE: gl.constexpr = P.variant.stage
+    TURNS: gl.constexpr = BANDS * STAGE * P.groups
+    IN_FLIGHT: gl.constexpr = 2 // P.groups
     start = turn * 0
     slot = wait_until_full(ring, place_of(turn, P))
     zero = find_zeros(zero_ptr, expert, row_tile, P)
@@ -154,11 +172,11 @@ def warpgroup_sums(
     for b in gl.static_range(BANDS):
         acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
         unit = unit + (_first_unit(ring, slot, b, start, P),)
-    first = _take(ring, zero[0], slot, 0, start, P)
+    first = _take(ring, zero[0], slot, 0, start, 0, P)
     for step in range(steps):
-        chunk = step * P.variant.stage
+        chunk = step * STAGE
         more = step + 1 < steps
-        a = (first,)
+        a = (first,) * BANDS
         for i in gl.static_range(TURNS):
             now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], slot, i // BANDS, P)
             acc = _put(acc, i % BANDS, now)
@@ -167,25 +185,17 @@ def warpgroup_sums(
             if i > 0:
                 acc = _wait(acc, (i - 1) % BANDS, IN_FLIGHT, BANDS)
             if i + 1 < TURNS:
-                if P.scaled:
-                    sums, own = _in_units(
-                        acc[(i + 1) % BANDS], unit[(i + 1) % BANDS], ring, slot, slot,
-                        (i + 1) % BANDS, chunk, (i + 1) // BANDS, P,
-                    )  # fmt: skip
-                    acc = _put(acc, (i + 1) % BANDS, sums)
-                    unit = _put(unit, (i + 1) % BANDS, own)
-                if i + 1 < BANDS:
-                    a = a + (_take(ring, zero[i + 1], slot, i + 1, chunk, P),)
+                acc, unit, a = _prepare(
+                    acc, unit, a, ring, zero, slot, slot, chunk, i + 1, BANDS, P
+                )  # fmt: skip
         before = slot
         slot = wait_until_full(ring, place_of(turn + 1, P), more)
-        if P.scaled:
-            # After the last stage its own scales again, and factors of 1.
-            at, x_at = gl.where(more, slot, before), gl.where(more, slot, P.variant.slots)
-            after = gl.minimum(chunk + P.variant.stage, P.chunks - 1)
-            sums, own = _in_units(acc[0], unit[0], ring, at, x_at, 0, after, 0, P)
-            acc = _put(acc, 0, sums)
-            unit = _put(unit, 0, own)
-        first = _take(ring, zero[0], slot, 0, chunk + P.variant.stage, P)
+        # After the last stage its own scales again, factors of 1, and operands of no use.
+        slot = gl.where(more, slot, before)
+        x_slot = gl.where(more, slot, P.variant.slots)
+        after = gl.minimum(chunk + STAGE, P.chunks - 1)
+        acc, unit, a = _prepare(acc, unit, a, ring, zero, slot, x_slot, after, 0, BANDS, P)
+        first = a[0]
         turn = _end_block(turn)
         acc = _wait(acc, (TURNS - 1) % BANDS, 0, BANDS)
         leave(before)
