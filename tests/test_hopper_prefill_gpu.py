@@ -98,7 +98,7 @@ NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4z_bf16",
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_tiles(always_narrow, name):
     """Every quarter of 64 tokens, several tiles; columns that end within a stage, or with it."""
-    check_scheme(scheme(name), (1, 20, 50, 90, 130, 190, 420))
+    check_scheme(scheme(name), (1, 20, 50, 90, 130, 190, 300, 420, 560))
     for hidden, inter in ((320, 192), (512, 256), (2880, 288)):
         case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
         for tokens in (9, 60):

@@ -104,9 +104,10 @@ class Problem:
         return 2 if self.scaled and self.weights.group == 32 else 1
 
     @property
-    def parts(self) -> int:
-        """Parts of a stage, a chunk or a group of it each, that one scale of sums serves."""
-        return max(self.weights.group // 64, 1) if self.scaled else 1
+    def served(self) -> int:
+        """Chunks of a stage that a scale of sums serves: all, if there is none."""
+        stage = self.variant.stage
+        return min(max(self.weights.group // 64, 1), stage) if self.scaled else stage
 
     @property
     def most(self) -> int:

@@ -18,6 +18,8 @@ _WANTED_PROGRAMS = 4 * 132
 _LEAST_STEPS = 4
 _MAX_SPLITS = 8
 _BLOCKS = (8, 16)
+# Of a tile of two bands: 160 registers of sums, of the 232 that a thread can have.
+_MOST_TOKENS = 160
 # Of 227 KiB a program can have; the epilogue takes 16 KiB, barriers and pieces of work 1 or 2.
 _SHARED_BYTES = 208 << 10
 
@@ -105,7 +107,7 @@ def choose_wide(
 
     A pass over the weights for every 16 tokens of an expert, by programs with a row tile each, is
     the fastest way to read them, but what they cost is decoded again and again. Warps that multiply
-    by themselves decode for 32 tokens, at a price for each; whole warpgroups for 64 or 128, at the
+    by themselves decode for 32 tokens, at a price for each; whole warpgroups for 64 or more, at the
     price of so many. Measured on H200, in pairs per expert: the more a product costs beside its
     bytes, the sooner passes are too many.
     """
@@ -148,11 +150,13 @@ def _some(stored: Storage) -> int:
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
-    """Two chunks to a stage where those are few bytes, or one group's; else sums would be brought
-    to other units (`hopper_wgmma`) between chunks of the same row tile."""
+    """As many tokens as there are registers for their sums, if three slots fit: weights are decoded
+    for so many at once. Two chunks to a stage where those are few bytes, or have the same scale."""
     little = stored.code.bits == 4 or stored.scale == "block"
     one_group = not stored.scales_sums or stored.group == 128
-    return _fitted(stored, scale_type, 128, 2 if little and one_group else 1)
+    stage = 2 if little and one_group else 1
+    most = _fitted(stored, scale_type, _MOST_TOKENS, stage)
+    return most if most.slots >= 3 else _fitted(stored, scale_type, 128, stage)
 
 
 def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
@@ -173,9 +177,12 @@ def warp_variant(
 
 
 def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
-    """The same for activations with a scale for every 128 columns, in stages of whole groups."""
-    stage = max(variant.stage, 2)
-    return _fitted(variant.weights, scale_type, variant.block, stage, variant.tiles, grouped=True)
+    """The same for activations with a scale for every 128 columns, in stages of whole groups.
+
+    What is read from those scales at once is a power of two.
+    """
+    stage, block = max(variant.stage, 2), min(variant.block, 128)
+    return _fitted(variant.weights, scale_type, block, stage, variant.tiles, grouped=True)
 
 
 def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -> bool:

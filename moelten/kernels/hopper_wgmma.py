@@ -26,23 +26,30 @@ from moelten.kernels.hopper_ring import X, leave, place_of, wait_until_full
 
 
 @gluon.jit
-def _take(ring, zero, slot, band: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr):
-    """A band's chunk, the c-th of its stage, as operands: 32 columns each, [128, 16]."""
-    registers = take_weights(ring, zero, slot, band, chunk, c, P, gl.uint32)
-    low, high = gl.split(registers.reshape([128, 2, TOKENS]).permute((0, 2, 1)))
-    low = gl.convert_layout(low, SUMS, assert_trivial=True)
-    return low, gl.convert_layout(high, SUMS, assert_trivial=True)
+def _take(
+    ring, zero, slot, band: gl.constexpr, chunk, c: gl.constexpr, SPAN: gl.constexpr,
+    P: gl.constexpr,
+):  # fmt: skip
+    """Some chunks of a band, from the c-th of its stage on, as operands: 32 columns, [128, 16]."""
+    out = ()
+    for i in gl.static_range(SPAN):
+        registers = take_weights(ring, zero, slot, band, chunk + i, c + i, P, gl.uint32)
+        low, high = gl.split(registers.reshape([128, 2, TOKENS]).permute((0, 2, 1)))
+        low = gl.convert_layout(low, SUMS, assert_trivial=True)
+        out = out + (low, gl.convert_layout(high, SUMS, assert_trivial=True))
+    return out
 
 
 @gluon.jit
-def _multiply(acc, a, x, slot, part: gl.constexpr, P: gl.constexpr):
+def _multiply(acc, a, x, slot, part: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr):
     """acc + a part of a band's stage @ x: in flight."""
     HALVES: gl.constexpr = 2 // P.groups
     FIRST: gl.constexpr = part % P.groups * HALVES
     OPERAND: gl.constexpr = P.operand
-    at = x + (slot * P.variant.stage + part // P.groups) * (P.variant.block * 128)
-    for h in gl.static_range(FIRST, FIRST + HALVES):
-        acc = multiply(acc, a[h], at, h, OPERAND)
+    for i in gl.static_range(SPAN):
+        c = slot * P.variant.stage + part // P.groups * SPAN + i
+        for h in gl.static_range(FIRST, FIRST + HALVES):
+            acc = multiply(acc, a[2 * i + h], x + c * (P.variant.block * 128), h, OPERAND)
     return acc
 
 
@@ -119,21 +126,21 @@ def _in_units(
 @gluon.jit
 def _prepare(
     acc, unit, a, ring, zero, slot, x_slot, chunk, turn: gl.constexpr,
-    BANDS: gl.constexpr, P: gl.constexpr,
+    BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """What a turn of a stage, which begins with a chunk, needs: (sums, their units, operands)."""
     BAND: gl.constexpr = turn % BANDS
     PART: gl.constexpr = turn // BANDS
     GROUP: gl.constexpr = PART % P.groups
-    C: gl.constexpr = PART // P.groups
-    if P.scaled and PART % P.parts == 0:
+    C: gl.constexpr = PART // P.groups * SPAN
+    if P.scaled and C % P.served == 0:
         sums, own = _in_units(
             acc[BAND], unit[BAND], ring, slot, x_slot, BAND, chunk + C, GROUP, P
         )  # fmt: skip
         acc = _put(acc, BAND, sums)
         unit = _put(unit, BAND, own)
     if GROUP == 0:
-        a = _put(a, BAND, _take(ring, zero[BAND], slot, BAND, chunk + C, C, P))
+        a = _put(a, BAND, _take(ring, zero[BAND], slot, BAND, chunk + C, C, SPAN, P))
     return acc, unit, a
 
 
@@ -155,15 +162,16 @@ def warpgroup_sums(
 
     ring: with a number for the activations: where they begin (`hopper_products.find`)
 
-    Bands take turns, part after part: a chunk, or one of its groups. While one multiplies, the one
-    whose turn is next is decoded, and its sums are brought to its next scales; within a stage it
-    begins before the other is waited for. Not so at its end, as ptxas keeps nothing in flight
-    around a loop that other registers of operands are written in; then the other warpgroup's
-    products fill the gap.
+    Bands take turns, part after part: a chunk, one of its groups, or, where sums leave registers
+    for more operands, a stage. While one multiplies, the one whose turn is next is decoded, and its
+    sums are brought to its next scales; within a stage it begins before the other is waited for.
+    Not so at its end, as ptxas keeps nothing in flight around a loop that other registers of
+    operands are written in; then the other warpgroup's products fill the gap.
     """
     STAGE: gl.constexpr = P.variant.stage
-    TURNS: gl.constexpr = BANDS * STAGE * P.groups
-    IN_FLIGHT: gl.constexpr = 2 // P.groups
+    SPAN: gl.constexpr = P.served if P.variant.block <= 64 or BANDS == 1 else 1
+    TURNS: gl.constexpr = BANDS * P.groups * (STAGE // SPAN)
+    IN_FLIGHT: gl.constexpr = 2 * SPAN // P.groups
     start = turn * 0
     slot = wait_until_full(ring, place_of(turn, P))
     zero = find_zeros(zero_ptr, expert, row_tile, P)
@@ -172,13 +180,13 @@ def warpgroup_sums(
     for b in gl.static_range(BANDS):
         acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
         unit = unit + (_first_unit(ring, slot, b, start, P),)
-    first = _take(ring, zero[0], slot, 0, start, 0, P)
+    first = _take(ring, zero[0], slot, 0, start, 0, SPAN, P)
     for step in range(steps):
         chunk = step * STAGE
         more = step + 1 < steps
         a = (first,) * BANDS
         for i in gl.static_range(TURNS):
-            now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], slot, i // BANDS, P)
+            now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], slot, i // BANDS, SPAN, P)
             acc = _put(acc, i % BANDS, now)
             if BANDS == 1:
                 acc = _wait(acc, 0, 0, BANDS)
@@ -186,7 +194,7 @@ def warpgroup_sums(
                 acc = _wait(acc, (i - 1) % BANDS, IN_FLIGHT, BANDS)
             if i + 1 < TURNS:
                 acc, unit, a = _prepare(
-                    acc, unit, a, ring, zero, slot, slot, chunk, i + 1, BANDS, P
+                    acc, unit, a, ring, zero, slot, slot, chunk, i + 1, BANDS, SPAN, P
                 )  # fmt: skip
         before = slot
         slot = wait_until_full(ring, place_of(turn + 1, P), more)
@@ -194,7 +202,7 @@ def warpgroup_sums(
         slot = gl.where(more, slot, before)
         x_slot = gl.where(more, slot, P.variant.slots)
         after = gl.minimum(chunk + STAGE, P.chunks - 1)
-        acc, unit, a = _prepare(acc, unit, a, ring, zero, slot, x_slot, after, 0, BANDS, P)
+        acc, unit, a = _prepare(acc, unit, a, ring, zero, slot, x_slot, after, 0, BANDS, SPAN, P)
         first = a[0]
         turn = _end_block(turn)
         acc = _wait(acc, (TURNS - 1) % BANDS, 0, BANDS)
