@@ -133,9 +133,9 @@ def prefill_gemm(
         assert x.scale is not None
         x_scale = x.global_scale
         x_scales = TensorDescriptor.from_tensor(x.scale.view(-1, 4), [variant.block, 4], _PLAIN)
-    programs = torch.cuda.get_device_properties(out.device).multi_processor_count
+    processors = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(
-        prefill_kernel, (programs,),
+        prefill_kernel, (processors * variant.programs,),
         _boxes(matrix.parts["data"], variant.stage * chunk_rows, _WORDS),
         _boxes(scale, scale_rows, _PLAIN, 4 if stored.scale == "block" else 32),
         _boxes(zero, zero_rows, _PLAIN),
@@ -143,7 +143,7 @@ def prefill_gemm(
         None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles, len(x.data),
         -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
-        *numbers, P=problem, num_warps=8,
+        *numbers, P=problem, num_warps=8, maxnreg=variant.registers, launch_pdl=True,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from moelten.kernels.hopper_epilogue import finish, scale_tokens
 from moelten.kernels.hopper_fragments import no_sums
@@ -26,7 +27,7 @@ from moelten.kernels.hopper_ring import produce, take_work
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
 # Of a thread of the producer; those of the warpgroups have what it leaves.
-_REGISTERS = gl.constexpr(40)
+_REGISTERS = gl.constexpr(32)
 
 
 @gluon.jit
@@ -235,6 +236,7 @@ def prefill_kernel(
 
     The count is known at run time only, lest loops be unrolled.
     """
+    gdc_launch_dependents()
     words = _room(w_desc, P.variant.slots * P.variant.tiles)
     scales = _room(s_desc, P.variant.slots * P.variant.tiles)
     zeros = _room(z_desc, P.variant.slots * P.variant.tiles)

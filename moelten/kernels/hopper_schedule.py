@@ -6,7 +6,7 @@ Pure arithmetic on sizes that the host knows; nothing is timed and no model has 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,8 +20,9 @@ _MAX_SPLITS = 8
 _BLOCKS = (8, 16)
 # Of a tile of two bands: 160 registers of sums, of the 232 that a thread can have.
 _MOST_TOKENS = 160
-# Of 227 KiB a program can have; the epilogue takes 16 KiB, barriers and pieces of work 1 or 2.
-_SHARED_BYTES = 208 << 10
+# Of a multiprocessor, for all its programs; of each the epilogue takes 16 KiB, barriers and pieces
+# of work 1 or 2, the driver 1.
+_SHARED_BYTES, _OTHER_BYTES = 228 << 10, 20 << 10
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,19 @@ class WideVariant:
     def by_warp(self) -> bool:
         """Whether warps multiply by themselves, which costs what the tokens cost."""
         return self.block <= 32
+
+    @property
+    def programs(self) -> int:
+        """Programs of a multiprocessor: one multiplies while another ends its piece of work.
+
+        But where sums are scaled, single warps need two sets of them, and so all registers.
+        """
+        return 2 if self.by_warp and not self.weights.scales_sums else 1
+
+    @property
+    def registers(self) -> int:
+        """The most of a thread when a program begins, which has 12 warps; they share them out."""
+        return (65536 // (384 * self.programs)) // 8 * 8
 
     @property
     def unit(self) -> int:
@@ -168,10 +182,11 @@ def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
 def warp_variant(
     stored: Storage, scale_type: str, columns: tuple[int, int] = (256, 256)
 ) -> WideVariant:
-    """Stages of 8 KiB of codes per row tile, or of half, if much of a last one would be nothing."""
-    stage = 16 // stored.code.bits
+    """Stages of 8 KiB of codes per row tile for all programs of a multiprocessor, or of half, if
+    much of a last one would be nothing."""
+    stage = max((16 if stored.scales_sums else 8) // stored.code.bits, 1)
     if any(-k % (64 * stage) > k / 32 for k in columns):
-        stage //= 2
+        stage = max(stage // 2, 1)
     # A group's products are added up within a stage.
     return _fitted(stored, scale_type, 32, max(stage, stored.group // 64, 1))
 
@@ -199,10 +214,11 @@ def _fitted(
     """As many slots as fit in shared memory."""
     chunk, scale, zero = box_rows(stored, scale_type)
     slot = 128 * (tiles * (stage * chunk + scale + zero) + stage * block)
-    room, scales = _SHARED_BYTES, 16 * block  # of a group of activations
-    if grouped:
-        slot, room = slot + stage // 2 * scales, room - scales
-    return WideVariant(stored, block, min(room // slot, 8), stage, tiles, grouped)
+    empty = WideVariant(stored, block, 0, stage, tiles, grouped)
+    room, scales = _SHARED_BYTES // empty.programs - _OTHER_BYTES, 16 * block
+    if grouped:  # a slot has scales of activations of its groups, and there are ones behind all
+        slot, room = slot + empty.x_groups * scales, room - scales
+    return replace(empty, slots=min(room // slot, 8))
 
 
 def type_name(dtype: torch.dtype | None) -> str:
