@@ -16,7 +16,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from moelten.kernels.hopper_epilogue import finish, scale_tokens, store_pairs
+from moelten.kernels.hopper_epilogue import (
+    finish,
+    scale_rows,
+    scale_tokens,
+    store_pairs,
+    token_scales,
+)
 from moelten.kernels.hopper_fragments import (
     chunk_word,
     chunk_zero,
@@ -197,10 +203,15 @@ def _tile(
         split, per_split, rows_per_source, K, W, SCALE, OPERAND, X_GROUPS, TOKENS, WARPS, WAIT,
     )  # fmt: skip
     if x_scale_ptr is not None and X_GROUPS == 1:
-        acc = scale_tokens(acc, x_scale_ptr, first_pair, stop_pair, pairs_ptr, rows_per_source)
+        tokens = token_scales(
+            x_scale_ptr, first_pair, stop_pair, pairs_ptr, rows_per_source, acc.shape[3]
+        )
+        acc = scale_tokens(acc, tokens)
+    if row_scale_ptr is not None:
+        acc = scale_rows(acc, row_scale_ptr, expert, row_tile, (N * HALVES + 63) // 64)
     y = finish(
-        acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, split,
-        alpha, beta, limit, N, (N * HALVES + 63) // 64, W, HALVES, ACTIVATION, LIMITED,
+        acc, bias_ptr, table_ptr, post_ptr, expert, row_tile, split,
+        alpha, beta, limit, N, W, HALVES, ACTIVATION, LIMITED,
     )  # fmt: skip
     first_row = row_tile * (64 // HALVES)
     store_pairs(y, router_ptr, out_ptr, pairs_ptr, first_pair, stop_pair, first_row, N)

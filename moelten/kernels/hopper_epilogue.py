@@ -9,41 +9,49 @@ from moelten.kernels.triton_epilogue import activate
 
 
 @gluon.jit
-def scale_tokens(acc, scale_ptr, first, stop, pairs_ptr, rows_per_source):
-    """Sums [row group, b, g, tokens], times the scales of their rows of activations.
+def token_scales(scale_ptr, first, stop, pairs_ptr, rows_per_source, COUNT: gl.constexpr):
+    """Scales of the rows of activations of up to so many tokens, for `scale_tokens`.
 
-    Rows are by position, or, where pairs are given, by pair, of which so many share one.
+    Rows are by position, or, where pairs are given, by pair, of which so many share one. There is
+    one address per lane, and not one for each of its tokens: registers are scarce.
     """
-    # One address per lane, and not one for each of its tokens: registers are scarce.
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout)))
-    row = gl.minimum(first + gl.arange(0, acc.shape[3], LANES), stop - 1)
+    row = gl.minimum(first + gl.arange(0, COUNT, LANES), stop - 1)
     if pairs_ptr is not None:
         row = gl.load(pairs_ptr + row) // rows_per_source
-    scale = gl.convert_layout(gl.load(scale_ptr + row), L)
-    return acc * scale[None, None, None, :]
+    return gl.load(scale_ptr + row)
+
+
+@gluon.jit
+def scale_tokens(acc, scale):
+    """Sums [row group, b, g, tokens], times numbers of the tokens."""
+    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout)))
+    return acc * gl.convert_layout(scale, L)[None, None, None, :]
+
+
+@gluon.jit
+def scale_rows(acc, row_scale_ptr, expert, row_tile, ROW_TILES: gl.constexpr):
+    """Sums [row group, b, g, tokens], times numbers of the rows, from a row tile on."""
+    L: gl.constexpr = acc.type.layout
+    group = gl.arange(0, acc.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    b = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
+    g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
+    row = group[:, None, None, None] * 16 + b[None, :, None, None] * 8 + g[None, None, :, None]
+    row += row_tile * 64
+    at = row_scale_ptr + expert * (ROW_TILES * 64) + row
+    return acc * gl.load(at, mask=row < ROW_TILES * 64, other=0.0)
 
 
 @gluon.jit
 def finish(
-    acc, row_scale_ptr, bias_ptr, table_ptr, post_ptr, expert, row_tile, split, alpha, beta, limit,
-    N: gl.constexpr, ROW_TILES: gl.constexpr, W: gl.constexpr, HALVES: gl.constexpr,
-    ACTIVATION: gl.constexpr, LIMITED: gl.constexpr,
+    acc, bias_ptr, table_ptr, post_ptr, expert, row_tile, split, alpha, beta, limit,
+    N: gl.constexpr, W: gl.constexpr, HALVES: gl.constexpr, ACTIVATION: gl.constexpr,
+    LIMITED: gl.constexpr,
 ):  # fmt: skip
-    """What follows the sums [row group, b, g, tokens], in fp32: [outputs, tokens]."""
+    """What follows the scaled sums [row group, b, g, tokens], in fp32: [outputs, tokens]."""
     GROUPS: gl.constexpr = acc.shape[0]
     TOKENS: gl.constexpr = acc.shape[3]
     ROWS: gl.constexpr = 16 * GROUPS // HALVES
-    if row_scale_ptr is not None:
-        L: gl.constexpr = acc.type.layout
-        group = gl.arange(0, GROUPS, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
-        b = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
-        g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
-        row = group[:, None, None, None] * 16 + b[None, :, None, None] * 8 + g[None, None, :, None]
-        row += row_tile * 64
-        known = row < ROW_TILES * 64
-        at = row_scale_ptr + expert * (ROW_TILES * 64) + row
-        acc = acc * gl.load(at, mask=known, other=0.0)
     if W.code.epilogue != 1.0:
         acc = acc * W.code.epilogue
     if HALVES == 2:

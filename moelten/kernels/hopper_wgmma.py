@@ -56,10 +56,10 @@ def _multiply(acc, a, x, slot, part: gl.constexpr, SPAN: gl.constexpr, P: gl.con
 @gluon.jit
 def _times(acc, rows):
     """Every row of the sums times a number [128]."""
+    rows = gl.convert_layout(rows, gl.SliceLayout(1, SUMS), assert_trivial=True).expand_dims(1)
     out = ()
     for i in gl.static_range(len(acc)):
-        own = gl.convert_layout(rows, gl.SliceLayout(1, SUMS), assert_trivial=True)
-        out = out + (acc[i] * own.expand_dims(1),)
+        out = out + (acc[i] * rows,)
     return out
 
 
