@@ -121,7 +121,7 @@ def test_gather_reads_a_row_once(columns, normalized):
     """16 bytes at a time, and so it writes each slot's; in few registers, for many rows at once."""
     names, slots, words = gather_kernel.arg_names, 6, columns // 2
     block = triton.next_power_of_2(words)
-    values = {"SLOTS": slots, "WORDS": words, "WIDTH": words, "BLOCK": block, "x_scale_ptr": None}
+    values = {"SLOTS": slots, "WORDS": words, "WIDTH": words, "BLOCK": block}
     types = {"x_ptr": "*i32", "inverse_ptr": "*i32", "out_ptr": "*i32"}
     if normalized:
         types["scale_ptr"] = "*fp32"

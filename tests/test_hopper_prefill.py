@@ -56,10 +56,15 @@ CASES: dict[str, tuple[Format, str]] = {
 SCARCE = ("nvfp4", "int4g128z", "int4g32")
 
 
+def short_variant(stored, scale):
+    """Of single warps, where a last stage of four chunks would have one."""
+    return warp_variant(stored, scale, (2880, 2880))
+
+
 def chosen(fmt: Format, operand: str, choose=wide_variant, grouped=False):
     """A variant, and the type of its scales."""
     given = storage(fmt, operand)
-    stored = operands_of(given, by_warp=choose is warp_variant, grouped=grouped)
+    stored = operands_of(given, by_warp=choose in (warp_variant, short_variant), grouped=grouped)
     scale = scale_name(fmt, stored)
     variant = choose(stored, scale)
     return (with_groups(variant, scale) if grouped else variant), scale
@@ -89,7 +94,7 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, groupe
     }
     activation = "swiglu" if halves == 2 else "none"
     problem = Problem(rows, 4096, halves, scale, activation, False, halves == 2, variant)
-    options = {"num_warps": 8, "maxnreg": variant.registers, "launch_pdl": True}
+    options = {"num_warps": 8, "maxnreg": variant.registers}
     return compile_kernel(prefill_kernel, types, {"P": problem}, **options)
 
 
@@ -145,22 +150,26 @@ def test_machine_code_of_rests():
 
 
 @pytest.mark.parametrize(
-    "name, grouped",
+    "name, choose, grouped",
     [
-        *((name, False) for name in ("mxfp4", "int4g128", "int4g32z", "fp8block", "bf16")),
-        ("fp8block", True),
+        *((name, warp_variant, False) for name in ("nvfp4", "int4g128", "int4g32z", "fp8block")),
+        ("mxfp4", short_variant, False),
+        ("fp8block", warp_variant, True),
     ],
 )
-def test_machine_code_of_warps(name, grouped):
+def test_machine_code_of_warps(name, choose, grouped):
     """Little but decoding and products, of which every 8 tokens have their own."""
-    kernel = compiled(*CASES[name], 2, warp_variant, grouped)
-    assert kernel.metadata.shared <= 227 << 10
+    kernel = compiled(*CASES[name], 2, choose, grouped)
+    variant = chosen(*CASES[name], choose, grouped)[0]
+    # Each program has a kilobyte of the driver's.
+    assert variant.programs * (kernel.metadata.shared + 1024) <= 228 << 10
+    assert variant.programs == (2 if choose is short_variant else 1)
     listing = listing_of(kernel.asm["cubin"])
     bodies = [operations(listing[loop]) for loop in innermost(loops(listing, "HMMA"))]
     # The loop over pieces of work has an activation, and need not be around all others.
     bodies = [body for body in bodies if "MUFU" not in body]
-    stage = chosen(*CASES[name], warp_variant, grouped)[0].stage
     # Four widths of tiles; two bands, chunks of four products.
+    stage = variant.stage
     assert sorted(b.count("HMMA") for b in bodies) == [8 * stage * n for n in (1, 2, 3, 4)]
     for body in bodies:
         assert not {"LDL", "STL", "PRMT"} & set(body)
@@ -241,5 +250,6 @@ def test_slots_fit(name):
     assert wide_variant(*sizes).slots >= 3
     if fmt.bits < 16:
         assert warp_variant(*sizes).slots >= 3
+        assert short_variant(*sizes).slots >= 3
     if stored.code.bits == 4:
         assert narrow_variant(*sizes).slots >= 3

@@ -45,7 +45,8 @@ def only(monkeypatch, variant):
     def choose(stored, scale_type, *sizes, grouped=False):
         by_warp = variant is warp_variant
         operands = operands_of(stored, by_warp=by_warp, grouped=grouped)
-        chosen = variant(operands, scale_type)
+        # Stages of single warps follow from columns.
+        chosen = variant(operands, scale_type, *(sizes[2:] if by_warp else ()))
         return with_groups(chosen, scale_type) if grouped else chosen
 
     monkeypatch.setattr(hopper, "choose_wide", choose)
@@ -90,6 +91,9 @@ def test_every_width_of_tiles(always_wide, name):
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme_by_warps(always_warps, name):
     check_scheme(SCHEMES[name], (1, 12, 33, 60, 90, 110, 300))
+    case = Case(SCHEMES[name], num_experts=3, hidden_size=512, intermediate_size=256)
+    for tokens in (9, 30):
+        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 
 NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4z_bf16", "int4g32_fp16"]

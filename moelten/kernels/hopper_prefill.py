@@ -17,7 +17,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from moelten.kernels.hopper_epilogue import finish, token_scales
 from moelten.kernels.hopper_fragments import no_sums
@@ -300,7 +299,6 @@ def prefill_kernel(
 
     The count is known at run time only, lest loops be unrolled.
     """
-    gdc_launch_dependents()
     words = _room(w_desc, P.variant.slots * P.variant.tiles)
     scales = _room(s_desc, P.variant.slots * P.variant.tiles)
     zeros = _room(z_desc, P.variant.slots * P.variant.tiles)

@@ -18,7 +18,6 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.language.extra.cuda import gdc_wait
 
 from moelten.kernels.hopper_codes import Storage
 from moelten.kernels.hopper_schedule import WideVariant, box_rows
@@ -306,9 +305,6 @@ def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps
 
     boxes: descriptors of words, scales, zero points, activations and their scales; or None
 
-    Nothing is read before the kernel before this one is done, whose end the start of this one may
-    overlap; those who take from the ring need not wait for that.
-
     Where products are the limit, pieces take as long as their tokens: each program takes the next
     one, by a counter, when it has room for it. Where memory is, pieces take turns, as on H200 all
     are read 5 % sooner than by the counter; and what is next is looked up a piece ahead.
@@ -320,7 +316,6 @@ def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps
     SLOTS: gl.constexpr = P.variant.slots
     turn = 0
     index = gl.program_id(0)
-    gdc_wait()
     piece = _look_up(tiles_ptr, max_tiles, index, P)
     count = gl.load(count_ptr) * P.row_blocks
     while index < count:

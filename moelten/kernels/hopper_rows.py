@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.formats import Format, Int8
 from moelten.kernels.launches import launch
@@ -63,7 +62,7 @@ def quantize(
         SLOTS=rows_per_source, WIDTH=out.data.shape[1], GROUP=group, GROUPS=groups,
         GROUPED=fmt.block[1] is not None, KIND="int8" if isinstance(fmt, Int8) else "fp8",
         NATIVE=rounds_to_e4m3(x.device),
-        num_warps=4 if group * groups <= 4096 else 8, launch_pdl=True,
+        num_warps=4 if group * groups <= 4096 else 8,
     )  # fmt: skip
 
 
@@ -84,9 +83,7 @@ def quantize_kernel(
     SLOTS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     GROUPED: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    gdc_launch_dependents()
     source = tl.program_id(0).to(tl.int64)
-    gdc_wait()
     # All before the first store, lest each waits for the stores before it.
     positions = ()
     for slot in tl.static_range(SLOTS):
@@ -143,7 +140,7 @@ def gather(x: Tensor, rows_per_source: int, inverse: Tensor, out: Rows) -> None:
         gather_kernel, (len(x),),
         x.view(torch.int32), inverse, out.data.view(torch.int32), out.scale,
         SLOTS=rows_per_source, WORDS=words, WIDTH=width, BLOCK=block,
-        num_warps=min(max(block // 512, 1), 8), launch_pdl=True,
+        num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
 
 
@@ -187,10 +184,8 @@ def gather_kernel(
     SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read a row once, and write it for each of its pairs."""
-    gdc_launch_dependents()
     source = tl.program_id(0).to(tl.int64)
     x_ptr += source * WORDS
-    gdc_wait()
     # All before the first store, lest each waits for the stores before it.
     positions = ()
     for slot in tl.static_range(SLOTS):

@@ -40,6 +40,7 @@ class WideVariant:
     block: most tokens of a tile, beside `tiles` row tiles of 64 rows
     slots, stage: slots in shared memory, of so many chunks of 64 columns
     grouped: whether activations have a scale for every 128 columns
+    programs: of a multiprocessor
     """
 
     weights: Storage
@@ -48,6 +49,7 @@ class WideVariant:
     stage: int
     tiles: int = 4
     grouped: bool = False
+    programs: int = 1
 
     @property
     def x_groups(self) -> int:
@@ -63,14 +65,6 @@ class WideVariant:
     def by_warp(self) -> bool:
         """Whether warps multiply by themselves, which costs what the tokens cost."""
         return self.block <= 32
-
-    @property
-    def programs(self) -> int:
-        """Programs of a multiprocessor: one multiplies while another ends its piece of work.
-
-        But where sums are scaled, single warps need two sets of them, and so all registers.
-        """
-        return 2 if self.by_warp and not self.weights.scales_sums else 1
 
     @property
     def registers(self) -> int:
@@ -182,13 +176,17 @@ def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
 def warp_variant(
     stored: Storage, scale_type: str, columns: tuple[int, int] = (256, 256)
 ) -> WideVariant:
-    """Stages of 8 KiB of codes per row tile for all programs of a multiprocessor, or of half, if
-    much of a last one would be nothing."""
-    stage = max((16 if stored.scales_sums else 8) // stored.code.bits, 1)
+    """Stages of 8 KiB of codes per row tile, or of half, if much of a last one would be nothing.
+
+    Then warps wait twice as often, and two programs fill each other's gaps (H200: 9 %). Not where
+    sums are scaled: two sets of them take all registers.
+    """
+    stage, programs = 16 // stored.code.bits, 1
     if any(-k % (64 * stage) > k / 32 for k in columns):
-        stage = max(stage // 2, 1)
+        stage, programs = stage // 2, 1 if stored.scales_sums else 2
     # A group's products are added up within a stage.
-    return _fitted(stored, scale_type, 32, max(stage, stored.group // 64, 1))
+    stage = max(stage, stored.group // 64, 1)
+    return _fitted(stored, scale_type, 32, stage, programs=programs)
 
 
 def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
@@ -209,13 +207,13 @@ def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -
 
 def _fitted(
     stored: Storage, scale_type: str, block: int, stage: int, tiles: int = 4,
-    grouped: bool = False,
+    grouped: bool = False, programs: int = 1,
 ) -> WideVariant:  # fmt: skip
     """As many slots as fit in shared memory."""
     chunk, scale, zero = box_rows(stored, scale_type)
     slot = 128 * (tiles * (stage * chunk + scale + zero) + stage * block)
-    empty = WideVariant(stored, block, 0, stage, tiles, grouped)
-    room, scales = _SHARED_BYTES // empty.programs - _OTHER_BYTES, 16 * block
+    empty = WideVariant(stored, block, 0, stage, tiles, grouped, programs)
+    room, scales = _SHARED_BYTES // programs - _OTHER_BYTES, 16 * block
     if grouped:  # a slot has scales of activations of its groups, and there are ones behind all
         slot, room = slot + empty.x_groups * scales, room - scales
     return replace(empty, slots=min(room // slot, 8))
