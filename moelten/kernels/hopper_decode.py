@@ -18,8 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.kernels.hopper_epilogue import (
     finish,
-    scale_rows,
-    scale_tokens,
+    over_rows,
+    over_tokens,
     store_pairs,
     token_scales,
 )
@@ -202,13 +202,15 @@ def _tile(
         x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, first_pair, stop_pair, pairs_ptr, matrix,
         split, per_split, rows_per_source, K, W, SCALE, OPERAND, X_GROUPS, TOKENS, WARPS, WAIT,
     )  # fmt: skip
+    acc = acc.reshape([64, acc.shape[3]])
+    L: gl.constexpr = acc.type.layout
     if x_scale_ptr is not None and X_GROUPS == 1:
         tokens = token_scales(
-            x_scale_ptr, first_pair, stop_pair, pairs_ptr, rows_per_source, acc.shape[3]
+            x_scale_ptr, first_pair, stop_pair, pairs_ptr, rows_per_source, acc.shape[1]
         )
-        acc = scale_tokens(acc, tokens)
+        acc = acc * over_tokens(tokens, L)
     if row_scale_ptr is not None:
-        acc = scale_rows(acc, row_scale_ptr, expert, row_tile, (N * HALVES + 63) // 64)
+        acc = acc * over_rows(row_scale_ptr, expert, row_tile, 64, (N * HALVES + 63) // 64, L)
     y = finish(
         acc, bias_ptr, table_ptr, post_ptr, expert, row_tile, split,
         alpha, beta, limit, N, W, HALVES, ACTIVATION, LIMITED,

@@ -10,7 +10,7 @@ from moelten.kernels.triton_epilogue import activate
 
 @gluon.jit
 def token_scales(scale_ptr, first, stop, pairs_ptr, rows_per_source, COUNT: gl.constexpr):
-    """Scales of the rows of activations of up to so many tokens, for `scale_tokens`.
+    """Scales of the rows of activations of up to so many tokens, for `over_tokens`.
 
     Rows are by position, or, where pairs are given, by pair, of which so many share one. There is
     one address per lane, and not one for each of its tokens: registers are scarce.
@@ -23,23 +23,19 @@ def token_scales(scale_ptr, first, stop, pairs_ptr, rows_per_source, COUNT: gl.c
 
 
 @gluon.jit
-def scale_tokens(acc, scale):
-    """Sums [row group, b, g, tokens], times numbers of the tokens."""
-    L: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, acc.type.layout)))
-    return acc * gl.convert_layout(scale, L)[None, None, None, :]
+def over_tokens(scale, L: gl.constexpr):
+    """Numbers of tokens, [1, tokens], for sums [rows, tokens] of a layout."""
+    return gl.convert_layout(scale, gl.SliceLayout(0, L)).expand_dims(0)
 
 
 @gluon.jit
-def scale_rows(acc, row_scale_ptr, expert, row_tile, ROW_TILES: gl.constexpr):
-    """Sums [row group, b, g, tokens], times numbers of the rows, from a row tile on."""
-    L: gl.constexpr = acc.type.layout
-    group = gl.arange(0, acc.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))
-    b = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, L))))
-    g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, L))))
-    row = group[:, None, None, None] * 16 + b[None, :, None, None] * 8 + g[None, None, :, None]
-    row += row_tile * 64
+def over_rows(
+    row_scale_ptr, expert, row_tile, COUNT: gl.constexpr, ROW_TILES: gl.constexpr, L: gl.constexpr
+):
+    """Scales of so many rows from a row tile on, [rows, 1], for sums [rows, tokens] of a layout."""
+    row = row_tile * 64 + gl.arange(0, COUNT, gl.SliceLayout(1, L))
     at = row_scale_ptr + expert * (ROW_TILES * 64) + row
-    return acc * gl.load(at, mask=row < ROW_TILES * 64, other=0.0)
+    return gl.load(at, mask=row < ROW_TILES * 64, other=0.0).expand_dims(1)
 
 
 @gluon.jit
@@ -48,19 +44,20 @@ def finish(
     N: gl.constexpr, W: gl.constexpr, HALVES: gl.constexpr, ACTIVATION: gl.constexpr,
     LIMITED: gl.constexpr,
 ):  # fmt: skip
-    """What follows the scaled sums [row group, b, g, tokens], in fp32: [outputs, tokens]."""
-    GROUPS: gl.constexpr = acc.shape[0]
-    TOKENS: gl.constexpr = acc.shape[3]
-    ROWS: gl.constexpr = 16 * GROUPS // HALVES
+    """What follows the scaled sums [rows, tokens], in fp32: [outputs, tokens]."""
+    TOKENS: gl.constexpr = acc.shape[1]
+    ROWS: gl.constexpr = acc.shape[0] // HALVES
     if W.code.epilogue != 1.0:
         acc = acc * W.code.epilogue
     if HALVES == 2:
+        # 16 rows of a warp: 8 of either half.
+        acc = acc.reshape([acc.shape[0] // 16, 2, 8, TOKENS])
         h0, h1 = gl.split(acc.permute((0, 2, 3, 1)))
         h0 = h0.reshape([ROWS, TOKENS])
         h1 = h1.reshape([ROWS, TOKENS])
     else:
-        h0 = acc.reshape([ROWS, TOKENS])
-        h1 = h0
+        h0 = acc
+        h1 = acc
     OUT: gl.constexpr = h0.type.layout
     n = row_tile * (64 // HALVES) + gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
     if bias_ptr is not None:

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from moelten.kernels.hopper_epilogue import finish, token_scales
+from moelten.kernels.hopper_epilogue import finish, over_rows, over_tokens, token_scales
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_mma import warp_sums
 from moelten.kernels.hopper_products import find, number_memory
@@ -72,7 +72,7 @@ def _together(acc, start: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def _bring_nearer(pointer, at, inside):
-    """Have numbers in the second-level cache, from where they come three times as fast."""
+    """Have numbers in the second-level cache, from where they come sooner."""
     gl.inline_asm_elementwise(
         "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2;}",
         "=r,l,r", [(pointer + at).to(gl.uint64, bitcast=True), inside.to(gl.int32)],
@@ -101,21 +101,13 @@ def _announce(epilogue, expert, row_tile, P: gl.constexpr):
 
 
 @gluon.jit
-def _row_scales(row_scale_ptr, expert, row_tile, L: gl.constexpr, P: gl.constexpr):
-    """fp32 [128] of a band."""
-    row = row_tile * 64 + gl.arange(0, 128, L)
-    at = row_scale_ptr + expert * (P.row_tiles * 64) + row
-    return gl.load(at, mask=row < P.row_tiles * 64, other=0.0)
-
-
-@gluon.jit
 def _finish_band(sums, epilogue, expert, at, stop, row_tile, P: gl.constexpr):
     """What follows a band's scaled sums [128, 32], and `_store`."""
     _, _, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit = epilogue
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     y = finish(
-        sums.reshape([8, 2, 8, 32]), bias_ptr, table_ptr, post_ptr, expert, row_tile, 0,
+        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile, 0,
         alpha, beta, limit, P.rows, W, P.halves, ACTIVATION, P.limited,
     )  # fmt: skip
     _store(y, out_ptr, at, stop, row_tile * (64 // P.halves), P)
@@ -140,7 +132,7 @@ def _finish_piece(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr)
     for b in gl.static_range(BANDS):
         own = 0
         if row_scale_ptr is not None:
-            own = _row_scales(row_scale_ptr, expert, row_tile + 2 * b, gl.SliceLayout(1, L), P)
+            own = over_rows(row_scale_ptr, expert, row_tile + 2 * b, 128, P.row_tiles, L)
         rows = rows + (own,)
     for i in gl.static_range(PARTS):
         own = 0
@@ -151,14 +143,14 @@ def _finish_piece(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr)
         at = first + 32 * i
         if i == 0 or at < stop:
             if x_scale_ptr is not None:
-                own = gl.convert_layout(tokens[i], gl.SliceLayout(0, L)).expand_dims(0)
+                factors = over_tokens(tokens[i], L)
             for b in gl.static_range(BANDS):
                 if WHOLE or row_tile + 2 * b < P.row_tiles:
                     sums = _together(acc, b * MOST + i * COUNT, COUNT)
                     if row_scale_ptr is not None:
-                        sums = sums * rows[b].expand_dims(1)
+                        sums = sums * rows[b]
                     if x_scale_ptr is not None:
-                        sums = sums * own
+                        sums = sums * factors
                     _finish_band(sums, epilogue, expert, at, stop, row_tile + 2 * b, P)
 
 
