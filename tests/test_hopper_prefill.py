@@ -21,6 +21,7 @@ from hopper_offline import (
     scale_name,
     shared_types,
 )
+from triton_offline import stack_bytes
 
 from moelten.formats import FP8, MXFP4, NVFP4, Float, Format, Int4, Int8
 from moelten.kernels.hopper_codes import storage
@@ -53,8 +54,6 @@ CASES: dict[str, tuple[Format, str]] = {
     "int4g64 in fp16": (Int4(64), "fp16"),
 }
 
-SCARCE = ("nvfp4", "int4g128z")
-
 
 def short_variant(stored, scale):
     """Of single warps, where a last stage of four chunks would have one."""
@@ -70,8 +69,13 @@ def chosen(fmt: Format, operand: str, choose=wide_variant, grouped=False):
     return (with_groups(variant, scale) if grouped else variant), scale
 
 
-def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, grouped=False, rows=2048):
-    """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, scales of rows) as `prefill_gemm` calls it."""
+def compiled(
+    fmt: Format, operand: str, halves: int, choose=wide_variant, grouped=False, rows=2048, more=True
+):
+    """GEMM1 (two halves, SwiGLU) or GEMM2 (one half) as `prefill_gemm` calls it.
+
+    more: whether GEMM2 has biases, and scales of tokens
+    """
     variant, scale = chosen(fmt, operand, choose, grouped)
     stored = variant.weights
     kind = stored.code.operand
@@ -80,7 +84,7 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, groupe
     def boxes(rows: int, width: int = 32) -> str | None:
         return f"tensordesc<i32[{rows},{width}],{_PLAIN!r}>" if rows else None
 
-    x_scaled = halves == 1 or kind != operand or grouped
+    x_scaled = (halves == 1 and more) or kind != operand or grouped
     types = shared_types(stored, operand, halves) | {
         "w_desc": f"tensordesc<i32[{variant.stage * chunk},32],{_WORDS!r}>",
         "s_desc": boxes(scales) if stored.scale != "block" else boxes(8, 4),
@@ -92,6 +96,8 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, groupe
         "positions": "i32",
         "steps": "i32",
     }
+    if not more:
+        types["bias_ptr"] = None
     activation = "swiglu" if halves == 2 else "none"
     problem = Problem(rows, 4096, halves, scale, activation, False, halves == 2, variant)
     options = {"num_warps": 8, "maxnreg": variant.registers}
@@ -101,22 +107,26 @@ def compiled(fmt: Format, operand: str, halves: int, choose=wide_variant, groupe
 # GEMM1 of every kind of codes; GEMM2, which differs in its epilogue, where registers are scarcest,
 # with a last piece of which three row tiles are nothing.
 @pytest.mark.parametrize(
-    "name, halves, choose, grouped",
+    "name, halves, choose, grouped, more",
     [
-        *((name, 2, wide_variant, False) for name in CASES if name != "int4g128"),
-        *((name, 1, wide_variant, False) for name in SCARCE),
-        *((name, 2, narrow_variant, False) for name in ("mxfp4", "nvfp4", "int4g32")),
-        *(
-            (name, halves, wide_variant, True)
-            for name, halves in (("fp8block", 2), ("int4g128z", 1))
-        ),
+        *((name, 2, wide_variant, False, True) for name in CASES if name != "int4g128"),
+        ("nvfp4", 1, wide_variant, False, True),
+        *((name, 1, wide_variant, False, False) for name in ("bf16", "int4g128z")),
+        *((name, 2, narrow_variant, False, True) for name in ("mxfp4", "nvfp4", "int4g32")),
+        ("fp8block", 2, wide_variant, True, True),
+        ("int4g128z", 1, wide_variant, True, True),
     ],
 )
-def test_machine_code(name, halves, choose, grouped):
-    kernel = compiled(*CASES[name], halves, choose, grouped, rows=2048 if halves == 2 else 2880)
+def test_machine_code(name, halves, choose, grouped, more):
+    rows = 2048 if halves == 2 else 2880
+    kernel = compiled(*CASES[name], halves, choose, grouped, rows, more)
     assert kernel.metadata.shared <= 227 << 10
     assert "setmaxnreg" in kernel.asm["ptx"]
+    assert stack_bytes(kernel.asm["cubin"]) == 0
     listing = listing_of(kernel.asm["cubin"])
+    block = chosen(*CASES[name], choose, grouped)[0].block
+    if halves == 1:
+        check_stores(listing, block)
     bodies = [listing[loop] for loop in innermost(loops(listing, "HGMMA"))]
     found: list[tuple[int, int]] = []
     for body in bodies:
@@ -124,9 +134,8 @@ def test_machine_code(name, halves, choose, grouped):
         products = [line for line in body if "HGMMA" in line]
         widths = {int(re.search(r"HGMMA\.64x(\d+)x16", line)[1]) for line in products}
         found += [(width, len(products)) for width in widths]
-        # The left operand is in registers, and nothing is spilled.
+        # The left operand is in registers.
         assert all(re.search(r"HGMMA\S+ R\d+, R\d+, gdesc", line) for line in products)
-        assert not {"LDL", "STL"} & set(names)
         assert names.count("PRMT") <= (8 if choose is narrow_variant else 4)
         # One band is waited for while the next one multiplies; for all once a stage.
         waits = [line for line in body if "WARPGROUP.DEPBAR" in line]
@@ -135,9 +144,17 @@ def test_machine_code(name, halves, choose, grouped):
         # Warpgroups do not wait for each other.
         assert "BAR" not in [name for line in body if "SYNC" in line for name in operations([line])]
     # Both run the same loops: one for every 16 tokens from 64 on, one of half a piece, if any.
-    block, most = chosen(*CASES[name], choose, grouped)[0].block, max(count for _, count in found)
+    most = max(count for _, count in found)
     rests = [(block, most // 2)] if halves == 1 else []
     assert sorted(found) == sorted(rests + [(n, most) for n in range(64, block + 1, 16)])
+
+
+def check_stores(listing: list[str], block: int) -> None:
+    """GEMM2's sums leave as they lie in registers, while no warp waits for another."""
+    behind = listing[max(i for i, line in enumerate(listing) if "HGMMA" in line) :]
+    stores = [line for line in behind if "STG" in line]
+    assert len(stores) == block // 4 and all("STG.E.128" in line for line in stores)
+    assert not [line for line in behind if "BAR.SYNC" in line and "0x100" in line]
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from moelten.kernels.hopper_schedule import (
     block_of,
     choose_wide,
     make_variant,
+    slots_width,
     split_rows,
     type_name,
 )
@@ -141,6 +142,8 @@ class HopperBackend(ArenaBackend):
             rows = Rows(place, take(torch.float32, pairs, groups) if scaled else None)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
+        if variant:
+            count = max(count, pairs * slots_width(hidden_size))
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
@@ -225,7 +228,7 @@ def _many(
     first: Epilogue,
     second: Epilogue,
 ) -> Tensor:
-    """Both GEMMs for many tokens per expert: the slots [1, P, H]."""
+    """Both GEMMs for many tokens per expert: the slots [1, P, H rounded up to 256]."""
     from moelten.kernels.hopper_gemm import matrices, prefill_gemm
     from moelten.kernels.hopper_rows import gather, quantize
 
@@ -243,8 +246,8 @@ def _many(
         quantize(hidden, fmt, stages.rows)
     else:
         _requantize(hidden, experts, stages.rows)
-    count = len(hidden)
-    slots = stages.slots[: count * w2.rows].view(count, w2.rows)
+    count, width = len(hidden), slots_width(w2.rows)
+    slots = stages.slots[: count * width].view(count, width)
     prefill_gemm(stages.rows, w2, plan, slots, variant, ordered=False, epilogue=second)
     return slots[None]
 
@@ -289,7 +292,7 @@ class _Stages:
     inputs: rows of the input, [T] or [P]; None where GEMM1 reads x itself
     hidden: [1, P, I rounded up to 32], in the operand type, or fp32 where it is quantized
     rows:   of GEMM2: hidden itself, or quantized
-    slots:  fp32, of which splits * P rows are used
+    slots:  fp32, of which splits * P rows of H are used, or P of H rounded up to 256
     wide:   None for few tokens per expert
     """
 

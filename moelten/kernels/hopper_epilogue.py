@@ -24,8 +24,12 @@ def token_scales(scale_ptr, first, stop, pairs_ptr, rows_per_source, COUNT: gl.c
 
 @gluon.jit
 def over_tokens(scale, L: gl.constexpr):
-    """Numbers of tokens, [1, tokens], for sums [rows, tokens] of a layout."""
-    return gl.convert_layout(scale, gl.SliceLayout(0, L)).expand_dims(0)
+    """Numbers of tokens, [1, tokens], for sums [rows, tokens] of a layout.
+
+    From lane to lane, where a change of layouts has all warps wait for each other.
+    """
+    index = gl.arange(0, scale.shape[0], gl.SliceLayout(0, L))
+    return gl.gather(scale, index, 0).expand_dims(0)
 
 
 @gluon.jit

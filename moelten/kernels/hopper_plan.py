@@ -104,29 +104,34 @@ def combine(
     """out[t] = sum over slots, then splits, of the valid rows of y [splits, T*k, H], in order.
 
     inverse: int32 [T*k], where the row of each pair is, -1 for pairs that are not valid, so that
-             ids are not read; by default rows are by pair
+             ids are not read; then y is [splits, T*k, H rounded up to 256], columns in the order of
+             sums; by default rows are by pair, columns as those of out
     router:  [T, k] weights of the rows
+
+    The order of sums is that of registers in a product of 256 rows, of which a lane's stand
+    together: column 32 w + 4 g + 2 h + b of 256 is 128 b + 16 w + 8 h + g of the result, for 8 w,
+    8 g, 2 h and 2 b.
     """
     tokens, top_k = ids.shape
     width = out.shape[1]
-    block = min(triton.next_power_of_2(width), 512)
+    block = min(triton.next_power_of_2(y.shape[2]), 512)
     launch(
         combine_kernel, (tokens, triton.cdiv(width, block)),
         y, ids.contiguous(), inverse, None if router is None else router.contiguous(), out,
-        num_experts, first_expert, width, y.stride(0),
+        num_experts, first_expert, width, y.shape[2], y.stride(0),
         TOP_K=top_k, SPLITS=y.shape[0], BLOCK=block, launch_pdl=True,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_expert", "split_stride"])
 def combine_kernel(
-    y_ptr, ids_ptr, inverse_ptr, router_ptr, out_ptr, num_experts, first_expert, width,
+    y_ptr, ids_ptr, inverse_ptr, router_ptr, out_ptr, num_experts, first_expert, width, y_width,
     split_stride,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    inside = column < y_width
     total = tl.zeros((BLOCK,), tl.float32)
     gdc_wait()
     for slot in tl.static_range(TOP_K):
@@ -140,10 +145,12 @@ def combine_kernel(
             valid = (local >= 0) & (local < num_experts)
         brought = tl.zeros((BLOCK,), tl.float32)
         for split in tl.static_range(SPLITS):
-            at = y_ptr + split * split_stride + row * width + column
+            at = y_ptr + split * split_stride + row * y_width + column
             brought += tl.load(at, mask=inside & valid, other=0.0)
         if router_ptr is not None:
             brought *= tl.load(router_ptr + pair).to(tl.float32)
         total += brought
+    if inverse_ptr is not None:
+        total = total.reshape([BLOCK // 256, 8, 8, 2, 2]).permute(0, 4, 1, 3, 2).reshape([BLOCK])
     total = round_to(total, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * width + column, total, mask=inside)
+    tl.store(out_ptr + token * width + column, total, mask=column < width)

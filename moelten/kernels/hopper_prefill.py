@@ -30,25 +30,60 @@ _REGISTERS = gl.constexpr(32)
 
 
 @gluon.jit
-def _store(y, out_ptr, first, stop, n0, P: gl.constexpr):
-    """[outputs n0 .. , positions first ..] to memory, 16 bytes per lane."""
+def _store_ordered(y, out_ptr, first, stop, n0, P: gl.constexpr):
+    """[outputs n0 .. , positions first ..] to memory, 16 bytes per lane, in the order of operands:
+    what the next GEMM reads."""
     OUTPUTS: gl.constexpr = y.shape[0]
     TOKENS: gl.constexpr = y.shape[1]
-    WIDTH: gl.constexpr = (P.rows + 31) // 32 * 32 if P.ordered else P.rows
+    WIDTH: gl.constexpr = P.width
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     L: gl.constexpr = gl.BlockedLayout(
         [1, VECTOR], [32 * VECTOR // OUTPUTS, OUTPUTS // VECTOR], [8, 1], [1, 0]
     )
     y = y.to(out_ptr.dtype.element_ty)
-    if P.ordered:
-        y = y.reshape([OUTPUTS // 32, 4, 2, 2, 2, TOKENS]).permute((5, 0, 2, 3, 1, 4))
-        y = gl.convert_layout(y.reshape([TOKENS, OUTPUTS]), L)
-    else:
-        y = gl.convert_layout(y.permute((1, 0)), L)
+    y = y.reshape([OUTPUTS // 32, 4, 2, 2, 2, TOKENS]).permute((5, 0, 2, 3, 1, 4))
+    y = gl.convert_layout(y.reshape([TOKENS, OUTPUTS]), L)
     position = first + gl.arange(0, TOKENS, gl.SliceLayout(1, L))
     n = n0 + gl.arange(0, OUTPUTS, gl.SliceLayout(0, L))
     at = out_ptr + position.to(gl.int64)[:, None] * WIDTH + n[None, :]
     gl.store(at, y, mask=(position < stop)[:, None] & (n < WIDTH)[None, :])
+
+
+@gluon.jit
+def _by_token(y):
+    """[128, 32] as [32, 8 warps, 8 g, 2], rows of a warp g and g + 8."""
+    return y.reshape([8, 2, 8, 32]).permute((3, 0, 2, 1))
+
+
+@gluon.constexpr_function
+def _sums_layout():
+    """32 tokens of two bands' sums, [32, 256], in the order of sums."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
+        warp_bases=[[0, 32], [0, 64], [0, 128]],
+        block_bases=[],
+        shape=[32, 256],
+    )
+
+
+@gluon.jit
+def _store_sums(low, high, out_ptr, first, stop, n0, P: gl.constexpr):
+    """Two bands' [128, positions first ..] to memory, in the order of sums (`hopper_plan.combine`).
+
+    That is how they lie in registers, 16 bytes of a token per lane and 128 per warp: nothing is
+    exchanged, and no warp waits for another one.
+    """
+    WIDTH: gl.constexpr = P.width
+    L: gl.constexpr = _sums_layout()
+    y = gl.join(_by_token(low), _by_token(high)).reshape([32, 256])
+    y = gl.convert_layout(y, L, assert_trivial=True)
+    position = first + gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
+    n = n0 + gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
+    # A copy of every sum: ptxas would rather spill them all than keep them in another order than
+    # the products', which 16 bytes per lane want.
+    y = gl.where(position < stop, y, 0.0)
+    gl.store(out_ptr + n + position.to(gl.int64) * WIDTH, y, mask=position < stop)
 
 
 @gluon.jit
@@ -101,16 +136,47 @@ def _announce(epilogue, expert, row_tile, P: gl.constexpr):
 
 
 @gluon.jit
-def _finish_band(sums, epilogue, expert, at, stop, row_tile, P: gl.constexpr):
-    """What follows a band's scaled sums [128, 32], and `_store`."""
-    _, _, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit = epilogue
+def _finish_band(
+    acc, rows, tokens, epilogue, expert, row_tile, band: gl.constexpr, i: gl.constexpr,
+    P: gl.constexpr,
+):  # fmt: skip
+    """What follows the i-th 32 tokens' sums of a band: [outputs, 32].
+
+    rows, tokens: what scales the sums of each band, and of these tokens; 0 for none
+    """
+    row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, _, alpha, beta, limit = epilogue
+    COUNT: gl.constexpr = 32 // P.variant.unit
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
-    y = finish(
-        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile, 0,
+    sums = _together(acc, band * P.most + i * COUNT, COUNT)
+    if row_scale_ptr is not None:
+        sums = sums * rows[band]
+    if x_scale_ptr is not None:
+        sums = sums * tokens
+    return finish(
+        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile + 2 * band, 0,
         alpha, beta, limit, P.rows, W, P.halves, ACTIVATION, P.limited,
     )  # fmt: skip
-    _store(y, out_ptr, at, stop, row_tile * (64 // P.halves), P)
+
+
+@gluon.jit
+def _finish_part(
+    acc, rows, tokens, epilogue, expert, first, stop, row_tile, i: gl.constexpr, P: gl.constexpr
+):
+    """What follows the i-th 32 tokens' sums, which begin at position `first`."""
+    _, _, _, _, _, out_ptr, _, _, _ = epilogue
+    WHOLE: gl.constexpr = P.row_tiles % P.variant.tiles == 0
+    SET: gl.constexpr = 1 if P.ordered else 2  # bands that are stored together
+    SETS: gl.constexpr = P.variant.bands // SET
+    for s in gl.static_range(SETS):
+        tile = row_tile + 2 * SET * s
+        if WHOLE or tile < P.row_tiles:
+            y = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, s * SET, i, P)
+            if P.ordered:
+                _store_ordered(y, out_ptr, first, stop, tile * (64 // P.halves), P)
+            else:
+                z = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, s * SET + 1, i, P)
+                _store_sums(y, z, out_ptr, first, stop, tile * 64, P)
 
 
 @gluon.jit
@@ -121,14 +187,12 @@ def _finish_piece(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr)
     for all at once.
     """
     row_scale_ptr, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
-    BANDS: gl.constexpr = P.variant.bands
-    MOST: gl.constexpr = P.most
     COUNT: gl.constexpr = 32 // P.variant.unit
-    PARTS: gl.constexpr = MOST // COUNT
-    WHOLE: gl.constexpr = P.row_tiles % P.variant.tiles == 0
+    PARTS: gl.constexpr = P.variant.block // 32
     L: gl.constexpr = _together(acc, 0, COUNT).type.layout
     rows = ()
     tokens = ()
+    BANDS: gl.constexpr = P.variant.bands
     for b in gl.static_range(BANDS):
         own = 0
         if row_scale_ptr is not None:
@@ -142,16 +206,10 @@ def _finish_piece(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr)
     for i in gl.static_range(PARTS):
         at = first + 32 * i
         if i == 0 or at < stop:
+            factors = 0
             if x_scale_ptr is not None:
                 factors = over_tokens(tokens[i], L)
-            for b in gl.static_range(BANDS):
-                if WHOLE or row_tile + 2 * b < P.row_tiles:
-                    sums = _together(acc, b * MOST + i * COUNT, COUNT)
-                    if row_scale_ptr is not None:
-                        sums = sums * rows[b]
-                    if x_scale_ptr is not None:
-                        sums = sums * factors
-                    _finish_band(sums, epilogue, expert, at, stop, row_tile + 2 * b, P)
+            _finish_part(acc, rows, factors, epilogue, expert, at, stop, row_tile, i, P)
 
 
 @gluon.jit

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from moelten.kernels.hopper_codes import Storage
-from moelten.kernels.hopper_schedule import WideVariant, box_rows
+from moelten.kernels.hopper_schedule import WideVariant, box_rows, slots_width
 
 WORDS, SCALES, ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 X, X_SCALES = gl.constexpr(3), gl.constexpr(4)
@@ -51,7 +51,8 @@ class Problem:
     """What is compiled into a kernel.
 
     rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
-    ordered:       whether columns of the result stand in the order of operands, for the next GEMM
+    ordered:       whether columns of the result stand in the order of operands, for the next GEMM;
+                   else in the order of sums, for their sum over slots
     variant:       operands, tiles of tokens, pieces of work and slots of the ring
     """
 
@@ -87,6 +88,11 @@ class Problem:
     @property
     def super_blocks(self) -> int:
         return -(-self.chunks // 4)
+
+    @property
+    def width(self) -> int:
+        """Columns of the result's rows in memory."""
+        return -(-self.rows // 32) * 32 if self.ordered else slots_width(self.rows)
 
     @property
     def scaled(self) -> bool:

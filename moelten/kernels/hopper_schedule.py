@@ -242,6 +242,11 @@ def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
     return 4 * stored.code.bits, scale, zero
 
 
+def slots_width(rows: int) -> int:
+    """Columns of GEMM2's sums for many tokens: blocks of 256 (`hopper_plan.combine`)."""
+    return -(-rows // 256) * 256
+
+
 def split_rows(pairs: int, row_tiles: int) -> int:
     """Rows that hold what all splits of `pairs` pairs bring; never fewer for more pairs.
 
