@@ -28,6 +28,8 @@ FULL = gl.constexpr(5)
 # Barriers of the multiprocessor that say that slots are empty: the last of 16. Eight warps arrive,
 # one waits, but not for slots that were never full.
 _BARRIER, _THREADS = 8, 9 * 32
+# Pieces of each program, about, that do not come by turns.
+_LAST = gl.constexpr(2)
 _WAIT = gl.constexpr(
     """{.reg .pred p, wanted; setp.ne.s32 wanted, $3, 0; @!wanted bra done_${:uid};
     again_${:uid}: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra again_${:uid};
@@ -313,7 +315,8 @@ def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps
 
     Where products are the limit, pieces take as long as their tokens: each program takes the next
     one, by a counter, when it has room for it. Where memory is, pieces take turns, as on H200 all
-    are read 5 % sooner than by the counter; and what is next is looked up a piece ahead.
+    are read 5 % sooner than by the counter; and what is next is looked up a piece ahead. But of the
+    last ones programs take as many as they get done (H200: 4 %).
     """
     TURNS: gl.constexpr = P.variant.by_warp
     COUNTER: gl.constexpr = 1 if P.ordered else 2
@@ -324,11 +327,14 @@ def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps
     index = gl.program_id(0)
     piece = _look_up(tiles_ptr, max_tiles, index, P)
     count = gl.load(count_ptr) * P.row_blocks
+    dealt = gl.maximum(count // gl.num_programs(0) - _LAST, 1) * gl.num_programs(0)
     while index < count:
         expert, first, stop = _of_lane(piece, 0), _of_lane(piece, 1), _of_lane(piece, 2)
         row_tile = index % P.row_blocks * P.variant.tiles
         if TURNS:
             index += gl.num_programs(0)
+            if index >= dealt:
+                index = dealt + _count(count_ptr + COUNTER)
             piece = _look_up(tiles_ptr, max_tiles, index, P)
         _hand_over(work.index(turn % P.variant.slots), expert, first, stop, row_tile)
         units = (stop - first + UNIT - 1) // UNIT
