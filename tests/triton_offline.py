@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from triton_targets import TARGETS, pretend
 
 import moelten
 from moelten.kernels import triton as backend
-from moelten.kernels import triton_gemm
 from moelten.kernels.triton_gemm import gemm_kernel
 from moelten.kernels.triton_scaled import scaled_gemm_kernel
 
@@ -94,18 +92,15 @@ def all_builds(target: str) -> list[Build]:
     """Every scheme, both GEMMs and every tile; those that compile the same once."""
     found: dict[object, Build] = {}
     for scheme in ALL_SCHEMES:
-        for tokens, few in product(TOKENS_PER_EXPERT, (True, False)):
-            for kernel, arguments in launches(target, scheme, tokens, few):
+        for tokens in TOKENS_PER_EXPERT:
+            for kernel, arguments in launches(target, scheme, tokens):
                 build = as_build(target, kernel, arguments, scheme, tokens)
                 found.setdefault(build.key, build)
     return list(found.values())
 
 
-def launches(target: str, scheme: str, tokens: int, few: bool) -> list[tuple[Any, dict[str, Any]]]:
-    """The GEMMs that a layer launches, and their arguments; nothing runs.
-
-    few: whether it counts as one of few tiles
-    """
+def launches(target: str, scheme: str, tokens: int) -> list[tuple[Any, dict[str, Any]]]:
+    """The GEMMs that a layer launches, and their arguments; nothing runs."""
     calls = []
 
     def record(kernel, *args, grid, warmup, **options):
@@ -116,7 +111,6 @@ def launches(target: str, scheme: str, tokens: int, few: bool) -> list[tuple[Any
     x, routing = make_input(case)
     with pytest.MonkeyPatch.context() as patch:
         pretend(patch, target)
-        patch.setattr(triton_gemm, "_FEW_ROWS", 1 << 60 if few else 0)
         patch.setattr(backend.TritonBackend, "refusals", lambda *_: [])
         patch.setattr(triton.JITFunction, "run", record)
         moelten.fused_moe(x, packed(scheme), routing, backend="triton")

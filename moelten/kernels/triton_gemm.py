@@ -34,8 +34,6 @@ from moelten.kernels.triton_scaled import scaled_constants, scaled_gemm_kernel
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.qtensor import QTensor
 
-_FEW_ROWS = 1 << 16
-
 
 def grouped_gemm(
     rows: Rows,
@@ -56,10 +54,8 @@ def grouped_gemm(
     """
     *batch, height, columns = matrix.shape
     halves = batch[1] if len(batch) == 2 else 1
-    # On few multiprocessors' worth of tiles, smaller ones read memory faster.
-    few = plan.max_tiles * height * halves < _FEW_ROWS
     variant = make_variant(
-        matrix.format, activation_format, target, plan.block, halves, rows.data.dtype, few
+        matrix.format, activation_format, target, plan.block, halves, rows.data.dtype
     )
     tiles_n = triton.cdiv(height, variant.block_n)
     table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None

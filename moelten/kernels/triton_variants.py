@@ -173,12 +173,10 @@ def make_variant(
     tokens: int,
     halves: int,
     rows: torch.dtype | None = None,
-    few: bool = False,
 ) -> Variant:
     """The variant for a scheme, for tiles of `tokens` pairs and a matrix of `halves`.
 
     rows: dtype of the activations' storage, by default that of `row_dtype`
-    few:  whether there are so few tiles that smaller ones would occupy the GPU better
     """
     rows = row_dtype(weights, activations, target) if rows is None else rows
     operand = _operand(weights, activations, target, rows)
@@ -197,7 +195,7 @@ def make_variant(
     if operand in ("e4m3", "int8") and block_k < _MIN_8BIT_BLOCK_K:
         # 8-bit matrix instructions take 32 columns; bf16 holds the same codes and takes 16.
         operand = "bf16"
-    tile = _tile(sides, operand, target, tokens, halves, few)
+    tile = _tile(sides, operand, target, tokens, halves)
     precision = "tf32x3" if target.backend == "cuda" else "ieee"
     return Variant(
         *sides,
@@ -209,7 +207,7 @@ def make_variant(
 
 
 def _tile(
-    sides: tuple[Side, Side], operand: str, target: Target, tokens: int, halves: int, few: bool
+    sides: tuple[Side, Side], operand: str, target: Target, tokens: int, halves: int
 ) -> dict[str, Any]:
     """Sizes of a tile and what runs it, as measured on H200."""
     if target.backend == "interpreter":
@@ -231,12 +229,7 @@ def _tile(
     # Scales of rows are cheap beside the left operand, of which a thread has few rows.
     by_row = (sides[0].mode, sides[0].row_block) == ("group", 1)
     if tokens < 64 or (by_row and not (both and tokens == 128)):
-        # Short codes are decoded from registers: more rows share the tokens' tile.
-        many = sides[0].codes in ("int4", "e2m1") and tokens < 64 and not few
-        tile = {"block_n": (128 if many else 64) // halves, "num_warps": 4}
-        tile |= {"block_k": 128, "num_stages": 4}
-        if many and tokens > 16:
-            tile["num_warps"] = 8
+        tile = {"block_n": 64 // halves, "num_warps": 4, "block_k": 128, "num_stages": 4}
         if tokens >= 64:
             tile |= {"block_k": 64, "num_stages": 3}
         # Four warps would spill.
