@@ -4,10 +4,10 @@ Needs a GPU and a plain pytest. COMMIT in the environment names the commit of a 
 Every file with tests marked `gpu`, and the suites of the Triton kernels, which choose the GPU by
 themselves, run side by side, a few tests per process, processes in turn on all GPUs: compiling is
 what takes the time. What does not run is named: a file that cannot be imported (an extra is
-missing) is a failure, skipped tests come with their reason. The report is rewritten after each
+missing) is a failure, skipped tests come with their reason. Meanwhile compute-sanitizer looks at a
+sample, where the machine allows it, unless only some files run. The report is rewritten after each
 process, so a run that is cut short loses nothing: `--only FILE ..` runs some files, and `--onto
-REPORT` leaves out those that a report of the same commit has. Meanwhile compute-sanitizer looks at
-a sample, where the machine allows it, unless only some files run.
+REPORT` leaves out what a report of the same commit has.
 """
 
 from __future__ import annotations
@@ -169,65 +169,75 @@ def jobs() -> list[list[str]]:
     ]
 
 
-def known(report: Path | None) -> dict[str, dict[str, Any]]:
-    """What a report of the same commit says, by its commands; nothing of another."""
+def known(report: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    """What a report of the same commit says, by its commands, and of the sample; nothing else."""
     if report is None:
-        return {}
+        return {}, None
     record = json.loads(report.read_text())
     if record["commit"] != commit():
         raise SystemExit(f"{report} is of {record['commit']}, not of {commit()}")
     done = [run for run in record["runs"] if run["command"][-1] not in record["unfinished"]]
-    return {json.dumps(run["command"]): {key: run[key] for key in EMPTY} for run in done}
+    runs = {json.dumps(run["command"]): {key: run[key] for key in EMPTY} for run in done}
+    return runs, record.get("memcheck")
 
 
-def main(target: Path, only: Sequence[str] = (), onto: Path | None = None) -> int:
+def write(
+    target: Path, runs: list[dict[str, Any]], missing: set[str], checked: dict[str, Any] | None
+) -> None:
+    """The report so far: runs with their commands, files of which something did not run."""
     import torch
     import triton
 
+    record: dict[str, Any] = {
+        "commit": commit(),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "tests": sum(r["tests"] for r in runs),
+        "failed": sum(len(r["failed"]) for r in runs),
+        "unfinished": sorted(missing),
+        "runs": runs,
+    }
+    target.write_text(
+        json.dumps(record | ({"memcheck": checked} if checked else {}), indent=1) + "\n"
+    )
+
+
+def main(target: Path, only: Sequence[str] = (), onto: Path | None = None) -> int:
     work = jobs()
     files = [[Path(a).name for a in arguments] for arguments in work]
-    before = known(onto)
-    runs = [before.get(json.dumps(command), dict(EMPTY)) for command in files]
+    before, checked = known(onto)
+    runs = [before.get(json.dumps(command), EMPTY) for command in files]
     chosen = [i for i, c in enumerate(files) if c[-1] in only or not (only or runs[i]["tests"])]
     for index in chosen:
-        runs[index] = dict(EMPTY)
+        runs[index] = EMPTY
     left_out = [i for i, c in enumerate(files) if i not in chosen and json.dumps(c) not in before]
     turns = itertools.cycle(gpus())
     with ThreadPoolExecutor(WORKERS) as pool:
-        sample = None if only else pool.submit(memcheck)
+        sample = [] if only or checked else [pool.submit(memcheck)]
+        parts = pool.map(shares, [work[i] for i in chosen])
         pending = {
             pool.submit(run, share, WORKERS, next(turns)): index
-            for index, parts in zip(
-                chosen, pool.map(shares, [work[i] for i in chosen]), strict=True
-            )
-            for share in parts
+            for index, dealt in zip(chosen, parts, strict=True)
+            for share in dealt
         }
         unfinished = list(pending.values())
-        for done in as_completed(pending):
-            index = pending[done]
-            runs[index] = add(runs[index], done.result())
-            unfinished.remove(index)
+        for done in as_completed([*sample, *pending]):
+            if done in sample:
+                checked = done.result()
+                print("memcheck:", checked, flush=True)
+            else:
+                index = pending[done]
+                runs[index] = add(runs[index], done.result())
+                unfinished.remove(index)
             missing = {files[i][-1] for i in (*unfinished, *left_out)}
-            record = {
-                "commit": commit(),
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "tests": sum(r["tests"] for r in runs),
-                "failed": sum(len(r["failed"]) for r in runs),
-                "unfinished": sorted(missing),
-                "runs": [{"command": c} | r for c, r in zip(files, runs, strict=True)],
-            }
-            target.write_text(json.dumps(record, indent=1) + "\n")
-    if sample is not None:
-        checked = sample.result()
-        target.write_text(json.dumps(record | {"memcheck": checked}, indent=1) + "\n")
-        print("memcheck:", checked)
+            named = [{"command": c} | r for c, r in zip(files, runs, strict=True)]
+            write(target, named, missing, checked)
     for name, r in zip(files, runs, strict=True):
         print(f"{r['tests']:5} {len(r['failed']):3} failed  {name[-1]}")
     failed = any(r["failed"] or not r["tests"] for r in runs)
-    return int(failed or not (sample and sample.result().get("passed", True)))
+    return int(failed or not (checked and checked.get("passed", True)))
 
 
 if __name__ == "__main__":

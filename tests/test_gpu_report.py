@@ -126,14 +126,27 @@ def test_the_report(script, tmp_path, monkeypatch):
 
 
 def test_reports_of_one_commit_go_together(script, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
     report = tmp_path / "report.json"
     run = {"command": ["-m", "gpu", "test_a.py"], **script.EMPTY, "tests": 3}
     cut_short = run | {"command": ["-m", "gpu", "test_b.py"]}
     record = {"commit": "abc", "unfinished": ["test_b.py"], "runs": [run, cut_short]}
     report.write_text(json.dumps(record))
     monkeypatch.setenv("COMMIT", "abc")
-    assert script.known(None) == {}
-    assert script.known(report) == {json.dumps(run["command"]): script.EMPTY | {"tests": 3}}
+    assert script.known(None) == ({}, None)
+    runs = {json.dumps(run["command"]): script.EMPTY | {"tests": 3}}
+    assert script.known(report) == (runs, None)
+    checked = {"ran": True, "passed": True}
+    report.write_text(json.dumps(record | {"memcheck": checked}))
+    assert script.known(report) == (runs, checked)
+    # What it lacks runs, the sample too; what it has does not.
+    report.write_text(json.dumps(record | {"unfinished": []}))
+    monkeypatch.setattr(script, "jobs", lambda: [run["command"]])
+    monkeypatch.setattr(script, "memcheck", lambda: checked)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    assert script.main(tmp_path / "whole.json", onto=report) == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert (whole["tests"], whole["unfinished"], whole["memcheck"]) == (3, [], checked)
     monkeypatch.setenv("COMMIT", "def")
     with pytest.raises(SystemExit, match="is of abc, not of def"):
         script.known(report)
