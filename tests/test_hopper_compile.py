@@ -31,7 +31,7 @@ from triton_offline import stack_bytes
 
 from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
 from moelten.kernels.hopper_codes import storage
-from moelten.kernels.hopper_decode import decode_kernel
+from moelten.kernels.hopper_decode import Task, decode_kernel
 from moelten.kernels.hopper_ring import OPERANDS
 from moelten.kernels.hopper_rows import gather_kernel
 from moelten.kernels.hopper_schedule import make_variant
@@ -70,22 +70,13 @@ def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int, g
         **dict.fromkeys(("rows_per_source", "splits", "per_split"), "i32"),
         "split_stride": "i64",
     }
-    values: dict[str, object] = {
-        "K": columns,
-        "N": 2048,
-        "HALVES": halves,
-        "W": stored,
-        "SCALE": scale,
-        "OPERAND": OPERANDS[operand],
-        "ACTIVATION": "swiglu" if halves == 2 else "none",
-        "LIMITED": False,
-        "X_GROUPS": -(-columns // 128) if grouped else 1,
-        "BLOCK": block,
-        "WARPS": variant.warps,
-        "FIRST": halves == 2,
-    }
+    activation = "swiglu" if halves == 2 else "none"
+    task = Task(
+        2048, columns, halves, stored, scale, OPERANDS[operand], activation, False,
+        -(-columns // 128) if grouped else 1, block, variant.warps, halves == 2,
+    )  # fmt: skip
     options = {"num_warps": variant.warps, "maxnreg": variant.registers}
-    return compile_kernel(decode_kernel, types, values, **options)
+    return compile_kernel(decode_kernel, types, {"P": task}, **options)
 
 
 @pytest.mark.parametrize("block", [8, 16])

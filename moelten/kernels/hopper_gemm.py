@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moelten.formats import Float
 from moelten.kernels.hopper_codes import Storage, storage
-from moelten.kernels.hopper_decode import decode_kernel
+from moelten.kernels.hopper_decode import Task, decode_kernel
 from moelten.kernels.hopper_prefill import prefill_kernel
 from moelten.kernels.hopper_ring import OPERANDS, Problem
 from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, type_name
@@ -87,19 +87,20 @@ def grouped_gemm(
     """
     scale, zero = matrix.parts.get("scale"), matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
-    steps = -(-matrix.columns // (64 * variant.warps))
-    x_groups = 1 if x.scale is None else x.scale.shape[1]
+    task = Task(
+        matrix.rows, matrix.columns, matrix.halves, matrix.stored, matrix.scale_type,
+        matrix.operand, epilogue.activation, limited, 1 if x.scale is None else x.scale.shape[1],
+        plan.block, variant.warps, first,
+    )  # fmt: skip
     launch(
         decode_kernel, (plan.max_tiles * matrix.row_tiles * variant.splits,),
         _words(x.data), x.scale, _words(matrix.parts["data"]), _words(scale), _words(zero),
         matrix.parts.get("row_scale"), plan.pairs, plan.tiles, plan.count, plan.max_tiles,
         epilogue.bias, table, epilogue.post_scale,
         None if epilogue.router is None else epilogue.router.contiguous(),
-        out, variant.splits, -(-steps // variant.splits), out.stride(0), *numbers, rows_per_source,
-        K=matrix.columns, N=matrix.rows, HALVES=matrix.halves, W=matrix.stored,
-        SCALE=matrix.scale_type, OPERAND=matrix.operand, ACTIVATION=epilogue.activation,
-        LIMITED=limited, X_GROUPS=x_groups, BLOCK=plan.block, WARPS=variant.warps, FIRST=first,
-        maxnreg=variant.registers, num_warps=variant.warps, launch_pdl=True,
+        out, variant.splits, -(-task.steps // variant.splits), out.stride(0), *numbers,
+        rows_per_source, P=task, maxnreg=variant.registers, num_warps=variant.warps,
+        launch_pdl=True,
     )  # fmt: skip
 
 
