@@ -1,0 +1,184 @@
+"""What follows the sums of a piece of work in the Hopper GEMM for many tokens per expert, in Gluon.
+
+Scales of rows and tokens, bias and activation, as everywhere (`hopper_epilogue`), and rows of the
+result: GEMM1's in the order of operands, for the next GEMM, GEMM2's in the order of sums, for their
+sum over slots. 32 tokens at a time, for which little shared memory and few registers do.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from moelten.kernels.hopper_epilogue import finish, over_rows, over_tokens, token_scales
+
+
+@gluon.jit
+def _store_ordered(y, out_ptr, first, stop, n0, P: gl.constexpr):
+    """[outputs n0 .. , positions first ..] to memory, 16 bytes per lane, in the order of operands:
+    what the next GEMM reads."""
+    OUTPUTS: gl.constexpr = y.shape[0]
+    TOKENS: gl.constexpr = y.shape[1]
+    WIDTH: gl.constexpr = P.width
+    VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
+    L: gl.constexpr = gl.BlockedLayout(
+        [1, VECTOR], [32 * VECTOR // OUTPUTS, OUTPUTS // VECTOR], [8, 1], [1, 0]
+    )
+    y = y.to(out_ptr.dtype.element_ty)
+    y = y.reshape([OUTPUTS // 32, 4, 2, 2, 2, TOKENS]).permute((5, 0, 2, 3, 1, 4))
+    y = gl.convert_layout(y.reshape([TOKENS, OUTPUTS]), L)
+    position = first + gl.arange(0, TOKENS, gl.SliceLayout(1, L))
+    n = n0 + gl.arange(0, OUTPUTS, gl.SliceLayout(0, L))
+    at = out_ptr + position.to(gl.int64)[:, None] * WIDTH + n[None, :]
+    gl.store(at, y, mask=(position < stop)[:, None] & (n < WIDTH)[None, :])
+
+
+@gluon.jit
+def _by_token(y):
+    """[128, 32] as [32, 8 warps, 8 g, 2], rows of a warp g and g + 8."""
+    return y.reshape([8, 2, 8, 32]).permute((3, 0, 2, 1))
+
+
+@gluon.constexpr_function
+def _sums_layout():
+    """32 tokens of two bands' sums, [32, 256], in the order of sums."""
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0]],
+        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
+        warp_bases=[[0, 32], [0, 64], [0, 128]],
+        block_bases=[],
+        shape=[32, 256],
+    )
+
+
+@gluon.jit
+def _store_sums(low, high, out_ptr, first, stop, n0, P: gl.constexpr):
+    """Two bands' [128, positions first ..] to memory, in the order of sums (`hopper_plan.combine`).
+
+    That is how they lie in registers, 16 bytes of a token per lane and 128 per warp: nothing is
+    exchanged, and no warp waits for another one.
+    """
+    WIDTH: gl.constexpr = P.width
+    L: gl.constexpr = _sums_layout()
+    y = gl.join(_by_token(low), _by_token(high)).reshape([32, 256])
+    y = gl.convert_layout(y, L, assert_trivial=True)
+    position = first + gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
+    n = n0 + gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
+    # A copy of every sum: ptxas would rather spill them all than keep them in another order than
+    # the products', which 16 bytes per lane want.
+    y = gl.where(position < stop, y, 0.0)
+    gl.store(out_ptr + n + position.to(gl.int64) * WIDTH, y, mask=position < stop)
+
+
+@gluon.jit
+def _together(acc, start: gl.constexpr, COUNT: gl.constexpr):
+    """Some of the sums, [128, tokens], as one tensor."""
+    if COUNT == 1:
+        return acc[start]
+    else:
+        HALF: gl.constexpr = COUNT // 2
+        low, high = _together(acc, start, HALF), _together(acc, start + HALF, HALF)
+        return gl.join(low, high).permute((0, 2, 1)).reshape([128, 2 * low.shape[1]])
+
+
+@gluon.jit
+def _bring_nearer(pointer, at, inside):
+    """Have numbers in the second-level cache, from where they come sooner."""
+    gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, $2;}",
+        "=r,l,r", [(pointer + at).to(gl.uint64, bitcast=True), inside.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def announce(epilogue, expert, row_tile, P: gl.constexpr):
+    """What `finish_piece` will read of the rows of a piece of work, lest it wait for memory."""
+    row_scale_ptr, _, bias_ptr, _, post_ptr, _, _, _, _ = epilogue
+    COUNT: gl.constexpr = P.variant.tiles * 64
+    HALVES: gl.constexpr = P.halves
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    i = gl.arange(0, COUNT, L)
+    row = row_tile * 64 + i
+    if row_scale_ptr is not None:
+        at = expert * (P.row_tiles * 64) + row
+        _bring_nearer(row_scale_ptr, at, row < P.row_tiles * 64)
+    n = row_tile * (64 // HALVES) + i % (COUNT // HALVES)
+    if bias_ptr is not None:
+        at = expert * (HALVES * P.rows) + i // (COUNT // HALVES) * P.rows + n
+        _bring_nearer(bias_ptr, at, n < P.rows)
+    if post_ptr is not None:
+        _bring_nearer(post_ptr, expert * P.rows + n, n < P.rows)
+
+
+@gluon.jit
+def _finish_band(
+    acc, rows, tokens, epilogue, expert, row_tile, band: gl.constexpr, i: gl.constexpr,
+    P: gl.constexpr,
+):  # fmt: skip
+    """What follows the i-th 32 tokens' sums of a band: [outputs, 32].
+
+    rows, tokens: what scales the sums of each band, and of these tokens; 0 for none
+    """
+    row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, _, alpha, beta, limit = epilogue
+    COUNT: gl.constexpr = 32 // P.variant.unit
+    W: gl.constexpr = P.weights
+    ACTIVATION: gl.constexpr = P.activation
+    sums = _together(acc, band * P.most + i * COUNT, COUNT)
+    if row_scale_ptr is not None:
+        sums = sums * rows[band]
+    if x_scale_ptr is not None:
+        sums = sums * tokens
+    return finish(
+        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile + 2 * band, 0,
+        alpha, beta, limit, P.rows, W, P.halves, ACTIVATION, P.limited,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _finish_part(
+    acc, rows, tokens, epilogue, expert, first, stop, row_tile, i: gl.constexpr, P: gl.constexpr
+):
+    """What follows the i-th 32 tokens' sums, which begin at position `first`."""
+    _, _, _, _, _, out_ptr, _, _, _ = epilogue
+    WHOLE: gl.constexpr = P.row_tiles % P.variant.tiles == 0
+    SET: gl.constexpr = 1 if P.ordered else 2  # bands that are stored together
+    SETS: gl.constexpr = P.variant.bands // SET
+    for s in gl.static_range(SETS):
+        tile = row_tile + 2 * SET * s
+        if WHOLE or tile < P.row_tiles:
+            y = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, s * SET, i, P)
+            if P.ordered:
+                _store_ordered(y, out_ptr, first, stop, tile * (64 // P.halves), P)
+            else:
+                z = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, s * SET + 1, i, P)
+                _store_sums(y, z, out_ptr, first, stop, tile * 64, P)
+
+
+@gluon.jit
+def finish_piece(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
+    """What follows the sums of a piece of work; scales are asked for all at once."""
+    row_scale_ptr, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
+    COUNT: gl.constexpr = 32 // P.variant.unit
+    PARTS: gl.constexpr = P.variant.block // 32
+    L: gl.constexpr = _together(acc, 0, COUNT).type.layout
+    rows = ()
+    tokens = ()
+    BANDS: gl.constexpr = P.variant.bands
+    for b in gl.static_range(BANDS):
+        own = 0
+        if row_scale_ptr is not None:
+            own = over_rows(row_scale_ptr, expert, row_tile + 2 * b, 128, P.row_tiles, L)
+        rows = rows + (own,)
+    for i in gl.static_range(PARTS):
+        own = 0
+        if x_scale_ptr is not None:
+            own = token_scales(x_scale_ptr, first + 32 * i, stop, None, 1, 32)
+        tokens = tokens + (own,)
+    for i in gl.static_range(PARTS):
+        at = first + 32 * i
+        if i == 0 or at < stop:
+            factors = 0
+            if x_scale_ptr is not None:
+                factors = over_tokens(tokens[i], L)
+            _finish_part(acc, rows, factors, epilogue, expert, at, stop, row_tile, i, P)
