@@ -72,7 +72,7 @@ def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int, g
     }
     activation = "swiglu" if halves == 2 else "none"
     task = Task(
-        2048, columns, halves, stored, scale, OPERANDS[operand], activation, False,
+        2048, columns, halves, scale, activation, False, stored, OPERANDS[operand],
         -(-columns // 128) if grouped else 1, block, variant.warps, halves == 2,
     )  # fmt: skip
     options = {"num_warps": variant.warps, "maxnreg": variant.registers}

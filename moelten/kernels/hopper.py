@@ -37,6 +37,7 @@ from moelten.kernels.hopper_schedule import (
     block_of,
     choose_wide,
     make_variant,
+    row_tiles,
     slots_width,
     split_rows,
     type_name,
@@ -141,7 +142,7 @@ class HopperBackend(ArenaBackend):
         else:
             rows = Rows(place, take(torch.float32, pairs, groups) if scaled else None)
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
-        count = split_rows(pairs, _row_tiles(hidden_size)) * hidden_size
+        count = split_rows(pairs, row_tiles(hidden_size)) * hidden_size
         if variant:
             count = max(count, pairs * slots_width(hidden_size))
         slots = take(torch.float32, count)
@@ -314,10 +315,6 @@ def _takes(scheme: Scheme) -> bool:
     if _grouped(scheme.activations):
         return scheme.weights.block[1] == 128
     return scheme.activations in (FP8_ROW, INT8_ROW)
-
-
-def _row_tiles(rows: int) -> int:
-    return -(-rows // 64)
 
 
 def _input_rows(

@@ -42,50 +42,31 @@ from moelten.kernels.hopper_fragments import (
     tokens,
     zero_words,
 )
+from moelten.kernels.hopper_schedule import Gemm
 
 _RUNTIME = ("max_tiles", "splits", "per_split", "split_stride", "alpha", "beta", "limit",
             "rows_per_source")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Gemm):
     """What is compiled into a kernel.
 
-    rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
-    scale_type:    of scales that are not of rows, "" for none
-    x_groups:      scales of a row of activations: one, or one for every 128 columns
-    block, warps:  most tokens of a tile, and what splits its columns
-    first:         whether this is the first GEMM after the plan
+    x_groups:     scales of a row of activations: one, or one for every 128 columns
+    block, warps: most tokens of a tile, and what splits its columns
+    first:        whether this is the first GEMM after the plan
     """
 
-    rows: int
-    columns: int
-    halves: int
     weights: Storage
-    scale_type: str
     operand: Any
-    activation: str
-    limited: bool
     x_groups: int
     block: int
     warps: int
     first: bool
 
     @property
-    def row_tiles(self) -> int:
-        return -(-self.rows * self.halves // 64)
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.columns // 64)
-
-    @property
     def steps(self) -> int:
         return -(-self.chunks // self.warps)
-
-    @property
-    def super_blocks(self) -> int:
-        return -(-self.chunks // 4)
 
     @property
     def scaled(self) -> bool:

@@ -15,7 +15,7 @@ from moelten.kernels.hopper_codes import Storage, storage
 from moelten.kernels.hopper_decode import Task, decode_kernel
 from moelten.kernels.hopper_prefill import prefill_kernel
 from moelten.kernels.hopper_ring import OPERANDS, Problem
-from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, type_name
+from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, row_tiles, type_name
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue
 from moelten.kernels.triton_ops import Rows
@@ -45,7 +45,7 @@ class Matrix:
 
     @property
     def row_tiles(self) -> int:
-        return -(-self.rows * self.halves // 64)
+        return row_tiles(self.rows * self.halves)
 
     @property
     def scale_type(self) -> str:
@@ -88,9 +88,9 @@ def grouped_gemm(
     scale, zero = matrix.parts.get("scale"), matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
     task = Task(
-        matrix.rows, matrix.columns, matrix.halves, matrix.stored, matrix.scale_type,
-        matrix.operand, epilogue.activation, limited, 1 if x.scale is None else x.scale.shape[1],
-        plan.block, variant.warps, first,
+        matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation, limited,
+        matrix.stored, matrix.operand, 1 if x.scale is None else x.scale.shape[1], plan.block,
+        variant.warps, first,
     )  # fmt: skip
     launch(
         decode_kernel, (plan.max_tiles * matrix.row_tiles * variant.splits,),

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from moelten.kernels.hopper_codes import Storage
-from moelten.kernels.hopper_schedule import WideVariant, box_rows, slots_width
+from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slots_width
 
 WORDS, SCALES, ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 X, X_SCALES = gl.constexpr(3), gl.constexpr(4)
@@ -49,21 +49,14 @@ _bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Gemm):
     """What is compiled into a kernel.
 
-    rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
-    ordered:       whether columns of the result stand in the order of operands, for the next GEMM;
-                   else in the order of sums, for their sum over slots
-    variant:       operands, tiles of tokens, pieces of work and slots of the ring
+    ordered: whether columns of the result stand in the order of operands, for the next GEMM; else
+             in the order of sums, for their sum over slots
+    variant: operands, tiles of tokens, pieces of work and slots of the ring
     """
 
-    rows: int
-    columns: int
-    halves: int
-    scale_type: str
-    activation: str
-    limited: bool
     ordered: bool
     variant: WideVariant
 
@@ -76,20 +69,8 @@ class Problem:
         return OPERANDS[self.weights.code.operand]
 
     @property
-    def row_tiles(self) -> int:
-        return -(-self.rows * self.halves // 64)
-
-    @property
     def row_blocks(self) -> int:
         return -(-self.row_tiles // self.variant.tiles)
-
-    @property
-    def chunks(self) -> int:
-        return -(-self.columns // 64)
-
-    @property
-    def super_blocks(self) -> int:
-        return -(-self.chunks // 4)
 
     @property
     def width(self) -> int:

@@ -25,6 +25,39 @@ _MOST_TOKENS = 160
 _SHARED_BYTES, _OTHER_BYTES = 228 << 10, 20 << 10
 
 
+def row_tiles(rows: int) -> int:
+    """Tiles of 64 rows."""
+    return -(-rows // 64)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """What is compiled into the kernels for few and for many tokens per expert alike.
+
+    rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves
+    scale_type:    of scales that are not of rows, "" for none
+    """
+
+    rows: int
+    columns: int
+    halves: int
+    scale_type: str
+    activation: str
+    limited: bool
+
+    @property
+    def row_tiles(self) -> int:
+        return row_tiles(self.rows * self.halves)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.columns // 64)
+
+    @property
+    def super_blocks(self) -> int:
+        return -(-self.chunks // 4)
+
+
 @dataclass(frozen=True)
 class Variant:
     """warps: of a program, which split K; registers: the most per thread; splits: over programs."""
