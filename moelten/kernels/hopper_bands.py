@@ -80,14 +80,19 @@ def _pick(words, bit):
 
 
 @gluon.jit
-def _take(buffer, chunk, COUNT: gl.constexpr, SPREAD: gl.constexpr):
-    """A lane's words of a chunk, [8 w, 8 g (times 2 halves of a quad), n]."""
+def _load(buffer, SPREAD: gl.constexpr):
+    """A lane's words of a super-block, [8 w, 8 g (times 2 halves of a quad), n]."""
     ROWS: gl.constexpr = buffer.shape[0] // 2
     words = buffer.load(_parameter_layout(ROWS, SPREAD)).to(gl.uint32, bitcast=True)
     if SPREAD:
-        words = words.reshape([8, 16, ROWS // 2])
+        return words.reshape([8, 16, ROWS // 2])
     else:
-        words = words.reshape([8, 8, ROWS])
+        return words.reshape([8, 8, ROWS])
+
+
+@gluon.jit
+def _of_chunk(words, chunk, COUNT: gl.constexpr):
+    """Those of a chunk, one choice of so many."""
     if COUNT > 1:
         words = _pick(words, chunk & 2)
     if COUNT > 2:
@@ -116,28 +121,39 @@ def _for_quads(words, SPREAD: gl.constexpr):
 
 
 @gluon.jit
-def take_weights(
-    ring, zero, slot, band: gl.constexpr, chunk, c: gl.constexpr, P: gl.constexpr,
-    OPERAND: gl.constexpr,
-):  # fmt: skip
-    """Operands [8 warps, 16, 64] of a band's chunk, the c-th of its stage.
+def load_weights(ring, slot, band: gl.constexpr, c: gl.constexpr, P: gl.constexpr):
+    """What makes the operands of a band's chunk, the c-th of its stage: for `decode_weights`."""
+    W: gl.constexpr = P.weights
+    LOADS: gl.constexpr = W.code.bits // 4
+    at = slot * P.variant.bands + band
+    words = ring[WORDS].index(at).slice(c * (16 * LOADS), 16 * LOADS, 1)
+    words = words.load(_code_layout(LOADS))
+    scale = 0
+    if W.scale == "fold":
+        scale = _load(ring[SCALES].index(at), P.spread)
+    zero = 0
+    if W.zeros is not None and W.group != 0:
+        zero = _load(ring[ZEROS].index(at), False)
+    return words, scale, zero
+
+
+@gluon.jit
+def decode_weights(loaded, zero, chunk, P: gl.constexpr, OPERAND: gl.constexpr):
+    """Operands [8 warps, 16, 64] of a band's chunk.
 
     zero:    words [8 w, 8 g, 4 t], where one zero point serves the whole row
     OPERAND: their type; uint32 for their registers, [128, 32]
     """
     W: gl.constexpr = P.weights
     LOADS: gl.constexpr = W.code.bits // 4
-    w = ring[WORDS].index(slot * P.variant.bands + band).slice(c * (16 * LOADS), 16 * LOADS, 1)
-    w = w.load(_code_layout(LOADS)).reshape([2, LOADS, 4, 128]).permute((0, 2, 1, 3))
+    w, s, z = loaded
+    w = w.reshape([2, LOADS, 4, 128]).permute((0, 2, 1, 3))
     w = gl.convert_layout(w.reshape([8, LOADS, 128]), load_layout(8, LOADS), assert_trivial=True)
-    s = 0
     if W.scale == "fold":
-        own = ring[SCALES].index(slot * P.variant.bands + band)
-        s = _for_quads(_take(own, chunk, P.words, P.spread), P.spread)
+        s = _for_quads(_of_chunk(s, chunk, P.words), P.spread)
     if W.zeros is not None and W.group != 0:
         COUNT: gl.constexpr = 2 if W.group == 32 else 1
-        own = ring[ZEROS].index(slot * P.variant.bands + band)
-        zero = _for_quads(_take(own, chunk, COUNT, False), False) >> chunk_zero(chunk, W)[1]
+        zero = _for_quads(_of_chunk(z, chunk, COUNT), False) >> chunk_zero(chunk, W)[1]
     return operands(w, s, zero, W, OPERAND)
 
 
@@ -169,7 +185,7 @@ def take_scale(ring, slot, band: gl.constexpr, chunk, group: gl.constexpr, P: gl
         words = gl.convert_layout(words.reshape([8, 8, 2]), scale_layout(8, 2), assert_trivial=True)
         rows = floats(words.to(gl.uint32, bitcast=True), W, TYPE)
     else:
-        words = _take(own, chunk, P.words, False)
+        words = _of_chunk(_load(own, False), chunk, P.words)
         words = gl.convert_layout(words, scale_layout(8, words.shape[2]), assert_trivial=True)
         rows = floats(words, W, TYPE)  # warps g b c
         if rows.shape[3] == 2:

@@ -12,10 +12,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from moelten.kernels.hopper_bands import (
+    decode_weights,
     find_zeros,
+    load_weights,
     take_scale,
     take_token_scales,
-    take_weights,
 )
 from moelten.kernels.hopper_fragments import halves, no_sums
 from moelten.kernels.hopper_ring import X, leave, place_of, wait_until_full
@@ -112,7 +113,7 @@ def warp_sums(
             sums = ()
             rest = ()
             for t in gl.static_range(BANDS):
-                a = take_weights(ring, zero[t], slot, t, chunk, c, P, OPERAND)
+                a = decode_weights(load_weights(ring, slot, t, c, P), zero[t], chunk, P, OPERAND)
                 own, waiting = _add_chunk(acc[t], part[t], a, b, ring, slot, t, chunk, c, UNITS, P)
                 sums = sums + (own,)
                 rest = rest + (waiting,)

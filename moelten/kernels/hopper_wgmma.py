@@ -15,10 +15,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from moelten.kernels.hopper_bands import (
+    decode_weights,
     find_zeros,
+    load_weights,
     take_scale,
     take_token_scales,
-    take_weights,
 )
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_products import SUMS, TOKENS, multiply
@@ -26,14 +27,22 @@ from moelten.kernels.hopper_ring import X, leave, place_of, wait_until_full
 
 
 @gluon.jit
-def _take(
-    ring, zero, slot, band: gl.constexpr, chunk, c: gl.constexpr, SPAN: gl.constexpr,
-    P: gl.constexpr,
-):  # fmt: skip
-    """Some chunks of a band, from the c-th of its stage on, as operands: 32 columns, [128, 16]."""
+def _ask(ring, slot, turn: gl.constexpr, BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr):
+    """What a turn of a stage decodes, if it does: some chunks of its band, for `_decode`."""
     out = ()
-    for i in gl.static_range(SPAN):
-        registers = take_weights(ring, zero, slot, band, chunk + i, c + i, P, gl.uint32)
+    if turn // BANDS % P.groups == 0:
+        FIRST: gl.constexpr = turn // BANDS // P.groups * SPAN
+        for i in gl.static_range(SPAN):
+            out = out + (load_weights(ring, slot, turn % BANDS, FIRST + i, P),)
+    return out
+
+
+@gluon.jit
+def _decode(loaded, zero, chunk, P: gl.constexpr):
+    """Chunks of a band as operands: 32 columns, [128, 16]."""
+    out = ()
+    for i in gl.static_range(len(loaded)):
+        registers = decode_weights(loaded[i], zero, chunk + i, P, gl.uint32)
         low, high = gl.split(registers.reshape([128, 2, TOKENS]).permute((0, 2, 1)))
         low = gl.convert_layout(low, SUMS, assert_trivial=True)
         out = out + (low, gl.convert_layout(high, SUMS, assert_trivial=True))
@@ -125,7 +134,7 @@ def _in_units(
 
 @gluon.jit
 def _prepare(
-    acc, unit, a, ring, zero, slot, x_slot, chunk, turn: gl.constexpr,
+    acc, unit, a, loaded, ring, zero, slot, x_slot, chunk, turn: gl.constexpr,
     BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """What a turn of a stage, which begins with a chunk, needs: (sums, their units, operands)."""
@@ -140,7 +149,7 @@ def _prepare(
         acc = _put(acc, BAND, sums)
         unit = _put(unit, BAND, own)
     if GROUP == 0:
-        a = _put(a, BAND, _take(ring, zero[BAND], slot, BAND, chunk + C, C, SPAN, P))
+        a = _put(a, BAND, _decode(loaded, zero[BAND], chunk + C, P))
     return acc, unit, a
 
 
@@ -151,6 +160,13 @@ def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
     BANDS: of acc; without them Triton takes one band of 8 tensors for two of 4
     """
     return _put(acc, band, warpgroup_mma_wait(others, deps=acc[band]))
+
+
+@gluon.jit
+def _next_slot(ring, slot, turn, more, P: gl.constexpr):
+    """The next stage's slot, when it is full; after the last stage its own again, whose scales make
+    factors of 1 and whose operands are of no use."""
+    return gl.where(more, wait_until_full(ring, place_of(turn + 1, P), more), slot)
 
 
 @gluon.jit
@@ -171,6 +187,9 @@ def warpgroup_sums(
     STAGE: gl.constexpr = P.variant.stage
     SPAN: gl.constexpr = P.served if P.variant.block <= 64 or BANDS == 1 else 1
     TURNS: gl.constexpr = BANDS * P.groups * (STAGE // SPAN)
+    # Loads queue up behind products; asked for before, they are there in time. Where a band's
+    # products take as long as its decoding, they only take issue slots from them (H200).
+    AHEAD: gl.constexpr = P.variant.block <= 64
     IN_FLIGHT: gl.constexpr = 2 * SPAN // P.groups
     start = turn * 0
     slot = wait_until_full(ring, place_of(turn, P))
@@ -180,29 +199,36 @@ def warpgroup_sums(
     for b in gl.static_range(BANDS):
         acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
         unit = unit + (_first_unit(ring, slot, b, start, P),)
-    first = _take(ring, zero[0], slot, 0, start, 0, SPAN, P)
+    first = _decode(_ask(ring, slot, 0, BANDS, SPAN, P), zero[0], start, P)
     for step in range(steps):
         chunk = step * STAGE
         more = step + 1 < steps
         a = (first,) * BANDS
+        before = slot
         for i in gl.static_range(TURNS):
-            now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], slot, i // BANDS, SPAN, P)
+            if AHEAD and i + 1 == TURNS:
+                slot = _next_slot(ring, slot, turn, more, P)
+            if AHEAD:
+                loaded = _ask(ring, slot, (i + 1) % TURNS, BANDS, SPAN, P)
+            now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], before, i // BANDS, SPAN, P)
             acc = _put(acc, i % BANDS, now)
             if BANDS == 1:
                 acc = _wait(acc, 0, 0, BANDS)
             if i > 0:
                 acc = _wait(acc, (i - 1) % BANDS, IN_FLIGHT, BANDS)
+            if not AHEAD and i + 1 == TURNS:
+                slot = _next_slot(ring, slot, turn, more, P)
+            if not AHEAD:
+                loaded = _ask(ring, slot, (i + 1) % TURNS, BANDS, SPAN, P)
             if i + 1 < TURNS:
                 acc, unit, a = _prepare(
-                    acc, unit, a, ring, zero, slot, slot, chunk, i + 1, BANDS, SPAN, P
+                    acc, unit, a, loaded, ring, zero, slot, slot, chunk, i + 1, BANDS, SPAN, P
                 )  # fmt: skip
-        before = slot
-        slot = wait_until_full(ring, place_of(turn + 1, P), more)
-        # After the last stage its own scales again, factors of 1, and operands of no use.
-        slot = gl.where(more, slot, before)
         x_slot = gl.where(more, slot, P.variant.slots)
         after = gl.minimum(chunk + STAGE, P.chunks - 1)
-        acc, unit, a = _prepare(acc, unit, a, ring, zero, slot, x_slot, after, 0, BANDS, SPAN, P)
+        acc, unit, a = _prepare(
+            acc, unit, a, loaded, ring, zero, slot, x_slot, after, 0, BANDS, SPAN, P
+        )  # fmt: skip
         first = a[0]
         turn = _end_block(turn)
         acc = _wait(acc, (TURNS - 1) % BANDS, 0, BANDS)
