@@ -93,6 +93,7 @@ def compiled(
         "u_desc": f"tensordesc<fp32[{variant.block},4],{_PLAIN!r}>" if grouped else None,
         "x_scale_ptr": "*fp32" if x_scaled else None,
         "zero_ptr": "*u32" if stored.zeros and not stored.group else None,
+        "out_ptr": f"*{operand}" if halves == 2 else "*u8",
         "positions": "i32",
         "steps": "i32",
     }

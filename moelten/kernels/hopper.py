@@ -38,7 +38,7 @@ from moelten.kernels.hopper_schedule import (
     choose_wide,
     make_variant,
     row_tiles,
-    slots_width,
+    slot_bytes,
     split_rows,
     type_name,
 )
@@ -144,7 +144,7 @@ class HopperBackend(ArenaBackend):
         # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, row_tiles(hidden_size)) * hidden_size
         if variant:
-            count = max(count, pairs * slots_width(hidden_size))
+            count = max(count, pairs * slot_bytes(hidden_size) // 4)
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
@@ -229,7 +229,7 @@ def _many(
     first: Epilogue,
     second: Epilogue,
 ) -> Tensor:
-    """Both GEMMs for many tokens per expert: the slots [1, P, H rounded up to 256]."""
+    """Both GEMMs for many tokens per expert: the slots [1, P, bytes]."""
     from moelten.kernels.hopper_gemm import matrices, prefill_gemm
     from moelten.kernels.hopper_rows import gather, quantize
 
@@ -247,8 +247,8 @@ def _many(
         quantize(hidden, fmt, stages.rows)
     else:
         _requantize(hidden, experts, stages.rows)
-    count, width = len(hidden), slots_width(w2.rows)
-    slots = stages.slots[: count * width].view(count, width)
+    count, width = len(hidden), slot_bytes(w2.rows)
+    slots = stages.slots.view(torch.uint8)[: count * width].view(count, width)
     prefill_gemm(stages.rows, w2, plan, slots, variant, ordered=False, epilogue=second)
     return slots[None]
 
@@ -293,7 +293,7 @@ class _Stages:
     inputs: rows of the input, [T] or [P]; None where GEMM1 reads x itself
     hidden: [1, P, I rounded up to 32], in the operand type, or fp32 where it is quantized
     rows:   of GEMM2: hidden itself, or quantized
-    slots:  fp32, of which splits * P rows of H are used, or P of H rounded up to 256
+    slots:  fp32, of which splits * P rows of H are used; or P times `slot_bytes` of bytes
     wide:   None for few tokens per expert
     """
 

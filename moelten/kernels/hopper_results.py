@@ -53,21 +53,22 @@ def _sums_layout():
 
 @gluon.jit
 def _store_sums(low, high, out_ptr, first, stop, n0, P: gl.constexpr):
-    """Two bands' [128, positions first ..] to memory, in the order of sums (`hopper_plan.combine`).
+    """Two bands' [128, positions first ..] to memory, in the order of sums, 24 bits each
+    (`hopper_plan.combine`).
 
-    That is how they lie in registers, 16 bytes of a token per lane and 128 per warp: nothing is
-    exchanged, and no warp waits for another one.
+    That is how they lie in registers, 4 of a token per lane and 32 per warp: nothing is exchanged,
+    and no warp waits for another one.
     """
     WIDTH: gl.constexpr = P.width
     L: gl.constexpr = _sums_layout()
     y = gl.join(_by_token(low), _by_token(high)).reshape([32, 256])
-    y = gl.convert_layout(y, L, assert_trivial=True)
+    y = gl.convert_layout(y, L, assert_trivial=True).to(gl.uint32, bitcast=True)
     position = first + gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
-    n = n0 + gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
-    # A copy of every sum: ptxas would rather spill them all than keep them in another order than
-    # the products', which 16 bytes per lane want.
-    y = gl.where(position < stop, y, 0.0)
-    gl.store(out_ptr + n + position.to(gl.int64) * WIDTH, y, mask=position < stop)
+    n = gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
+    at = out_ptr + position.to(gl.int64) * WIDTH + n0 * 3
+    inside = position < stop
+    gl.store(at.to(gl.pointer_type(gl.uint16)) + n, (y >> 16).to(gl.uint16), mask=inside)
+    gl.store(at + (512 + n), (y >> 8).to(gl.uint8), mask=inside)
 
 
 @gluon.jit

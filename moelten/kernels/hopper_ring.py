@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from moelten.kernels.hopper_codes import Storage
-from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slots_width
+from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slot_bytes
 
 WORDS, SCALES, ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 X, X_SCALES = gl.constexpr(3), gl.constexpr(4)
@@ -74,8 +74,8 @@ class Problem(Gemm):
 
     @property
     def width(self) -> int:
-        """Columns of the result's rows in memory."""
-        return -(-self.rows // 32) * 32 if self.ordered else slots_width(self.rows)
+        """Columns of the result's rows in memory, or bytes, if they are in the order of sums."""
+        return -(-self.rows // 32) * 32 if self.ordered else slot_bytes(self.rows)
 
     @property
     def scaled(self) -> bool:

@@ -275,9 +275,9 @@ def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
     return 4 * stored.code.bits, scale, zero
 
 
-def slots_width(rows: int) -> int:
-    """Columns of GEMM2's sums for many tokens: blocks of 256 (`hopper_plan.combine`)."""
-    return -(-rows // 256) * 256
+def slot_bytes(rows: int) -> int:
+    """A pair's sums of GEMM2 for many tokens: blocks of 256, 24 bits each (`hopper_plan.combine`)."""
+    return -(-rows // 256) * 768
 
 
 def split_rows(pairs: int, row_tiles: int) -> int:
