@@ -101,8 +101,11 @@ class Gemms:
                 rows = rows * by_column(scales_of(x).T[start:stop], matrix.columns)
             elif x.scale is not None:
                 rows = rows * x.scale[start:stop].view(-1, 1)
-            y = self.layer(matrix, rows, expert, epilogue).to(out.dtype)
-            out[start:stop] = reordered(y) if ordered else in_order_of_sums(y)
+            y = self.layer(matrix, rows, expert, epilogue)
+            if ordered:
+                out[start:stop] = reordered(y.to(out.dtype))
+            else:
+                out[start:stop] = in_order_of_sums(y.float())
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ if not INTERPRET and torch.cuda.get_device_capability()[0] != 9:
 
 from moelten.formats import BF16, FP8_GROUP, FP8_ROW, INT8_GROUP, INT8_ROW
 from moelten.kernels import hopper_plan, hopper_rows, triton_ops
+from moelten.kernels.arena import heap
+from moelten.kernels.triton_plan import empty_plan
 from moelten.qtensor import decode_codes, quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -46,6 +48,19 @@ def test_plan(size, experts, block, unit, most, dtype, monkeypatch):
     ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block, unit)
     hopper_plan.plan_tiles(ids.to(dtype).to(DEVICE), experts, 1, plan)
     assert_plan(plan, ids, experts)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_when_a_plan_takes_two_launches(inverse, monkeypatch):
+    """Where programs would count too much, unless the next launch, without inverse, overlaps."""
+    launches = []
+    monkeypatch.setattr(hopper_plan, "launch", lambda *_, **__: launches.append(1))
+    monkeypatch.setattr(hopper_plan, "make_tile_plan", lambda *_: launches.append(2))
+    for tokens, experts, wanted in ((256, 256, 1), (1025, 256, 2), (2048, 8, 1), (4100, 8, 2)):
+        ids = torch.zeros(tokens, 2, dtype=torch.int32)
+        plan = empty_plan(heap(torch.device("cpu")), 2 * tokens, experts, 32, inverse=inverse)
+        hopper_plan.plan_tiles(ids, experts, 0, plan)
+        assert launches.pop() == (wanted if inverse or tokens == 4100 else 1)
 
 
 def test_plan_of_one_expert():

@@ -2,7 +2,7 @@
 
 Few tokens per expert take four launches: plan, GEMM1 with activation, GEMM2 with router weights,
 sum over slots, each started while the one before drains. Many take other GEMMs, from the same
-packed weights: plan (two launches beyond 8192 pairs), gather, GEMM1, GEMM2, sum. Activations of 8
+packed weights: plan (two launches for many pairs), gather, GEMM1, GEMM2, sum. Activations of 8
 bits are quantized before each GEMM: for few tokens in a launch of its own, for many by what gathers
 rows, and in one more before GEMM2. Grids follow from T and k alone: nothing waits for the device,
 so a CUDA graph captures it. The two operand types place bits differently: two layouts, two

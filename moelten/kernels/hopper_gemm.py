@@ -119,8 +119,8 @@ def prefill_gemm(
     x:        [P, K rounded up to 32] in the operand type, columns in the order of operands
               (`hopper_rows`), and the scales of its rows, if any; of a grouped variant what
               `hopper_rows.quantize` writes, with the last as `global_scale`
-    out:      columns as those of x if `ordered`, for the next GEMM; else uint8 [P, slot_bytes] in the
-              order of sums, for `hopper_plan.combine`
+    out:      columns as those of x if `ordered`, for the next GEMM; else uint8 [P, slot_bytes], in
+              the order of sums, for `hopper_plan.combine`
     epilogue: without router weights
     """
     stored, scale, zero = variant.weights, matrix.parts.get("scale"), matrix.parts.get("zero")

@@ -25,12 +25,20 @@ from moelten.kernels.triton_plan import (
 
 _SCAN = 1024
 _MAX_PAIRS = 8192
+# Pairs times experts, each of which counts all pairs, from which on two launches take less time.
+_MAX_COUNTED = 1 << 19
 
 
 def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
-    """What `triton_plan.make_tile_plan` writes to `plan`, in one launch up to 8192 pairs."""
+    """What `triton_plan.make_tile_plan` writes to `plan`, in one launch where that is worth it.
+
+    That is up to 8192 pairs, if the next kernel is launched meanwhile, as those for few tokens per
+    expert are; for many, who want to know where pairs are, less (H200: 6144 pairs of 256 experts
+    take 20 us in one launch, 9 in two).
+    """
     size = ids.numel()
-    if size > _MAX_PAIRS:
+    alone = plan.inverse is not None
+    if size > _MAX_PAIRS or (alone and size * num_experts > _MAX_COUNTED):
         make_tile_plan(ids, num_experts, first_expert, plan)
         return
     launch(
@@ -104,8 +112,8 @@ def combine(
     """out[t] = sum over slots, then splits, of the valid rows of y [splits, T*k, H], in order.
 
     inverse: int32 [T*k], where the row of each pair is, -1 for pairs that are not valid, so that
-             ids are not read; then y is uint8 [1, T*k, `hopper_schedule.slot_bytes`] in the order of
-             sums; by default it is fp32, rows by pair, columns as those of out
+             ids are not read; then y is uint8 [1, T*k, `slot_bytes`], in the order of sums; by
+             default it is fp32, rows by pair, columns as those of out
     router:  [T, k] weights of the rows
 
     The order of sums is that of registers in a product of 256 rows, of which a lane's stand

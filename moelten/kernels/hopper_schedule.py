@@ -276,7 +276,7 @@ def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
 
 
 def slot_bytes(rows: int) -> int:
-    """A pair's sums of GEMM2 for many tokens: blocks of 256, 24 bits each (`hopper_plan.combine`)."""
+    """Of a pair's sums for many tokens: blocks of 256, 24 bits each (`hopper_plan.combine`)."""
     return -(-rows // 256) * 768
 
 
