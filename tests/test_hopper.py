@@ -112,7 +112,7 @@ class Launches(list):
         ("mxfp4_bf16", 8, 4),
         ("mxfp4_bf16", 150, 5),
         ("mxfp4_bf16", 9000, 6),
-        ("int4g32_bf16", 8, 4),
+        ("int4g32_bf16", 3, 4),
         ("int4g32_bf16", 150, 6),
         ("int4g32_bf16", 9000, 7),
         ("int4g32_fp8", 8, 6),

@@ -38,12 +38,16 @@ pytestmark = pytest.mark.gpu
 TOKENS = (1, 3, 40, 100, 190, 260, 300, 340, 420, 900)
 
 
+def large_warp_variant(stored, scale_type, columns):
+    return warp_variant(stored, scale_type, columns, block=64)
+
+
 def only(monkeypatch, variant):
     """All numbers of tokens take one variant of the kernel for many."""
     prepared = (arena._prepare, arena._measure)
 
     def choose(stored, scale_type, *sizes, grouped=False):
-        by_warp = variant is warp_variant
+        by_warp = variant in (warp_variant, large_warp_variant)
         operands = operands_of(stored, by_warp=by_warp, grouped=grouped)
         # Stages of single warps follow from columns.
         chosen = variant(operands, scale_type, *(sizes[2:] if by_warp else ()))
@@ -72,6 +76,11 @@ def always_warps(monkeypatch):
     yield from only(monkeypatch, warp_variant)
 
 
+@pytest.fixture
+def always_large_warps(monkeypatch):
+    yield from only(monkeypatch, large_warp_variant)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme(always_wide, name):
     check_scheme(SCHEMES[name], TOKENS)
@@ -93,6 +102,17 @@ def test_every_scheme_by_warps(always_warps, name):
     check_scheme(SCHEMES[name], (1, 12, 33, 60, 90, 110, 300))
     case = Case(SCHEMES[name], num_experts=3, hidden_size=512, intermediate_size=256)
     for tokens in (9, 30):
+        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+
+
+@pytest.mark.parametrize(
+    "name", ["mxfp4_bf16", "nvfp4_bf16", "int4g32_bf16", "fp8_bf16", "int8_int8"]
+)
+def test_large_tiles_by_warps(always_large_warps, name):
+    """Every eighth of 64 tokens, several tiles; columns whose last stage is mostly nothing."""
+    check_scheme(scheme(name), (1, 20, 50, 90, 130, 190, 300, 420, 560))
+    case = Case(scheme(name), num_experts=3, hidden_size=576, intermediate_size=288)
+    for tokens in (9, 70):
         check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 

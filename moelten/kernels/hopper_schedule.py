@@ -72,17 +72,19 @@ class WideVariant:
     """weights: as the operands that they are multiplied as
     block: most tokens of a tile, beside `tiles` row tiles of 64 rows
     slots, stage: slots in shared memory, of so many chunks of 64 columns
+    by_warp: whether warps multiply by themselves, which costs what the tokens cost
     grouped: whether activations have a scale for every 128 columns
     programs: of a multiprocessor
     """
 
     weights: Storage
     block: int
-    slots: int
     stage: int
     tiles: int = 4
+    by_warp: bool = False
     grouped: bool = False
     programs: int = 1
+    slots: int = 0
 
     @property
     def x_groups(self) -> int:
@@ -93,11 +95,6 @@ class WideVariant:
     def bands(self) -> int:
         """Pairs of row tiles, of which each of two warpgroups has one."""
         return self.tiles // 2
-
-    @property
-    def by_warp(self) -> bool:
-        """Whether warps multiply by themselves, which costs what the tokens cost."""
-        return self.block <= 32
 
     @property
     def registers(self) -> int:
@@ -146,19 +143,19 @@ def choose_wide(
     columns: of w13 and of w2
     grouped: whether activations have a scale for every 128 columns
 
-    A pass over the weights for every 16 tokens of an expert, by programs with a row tile each, is
-    the fastest way to read them, but what they cost is decoded again and again. Warps that multiply
-    by themselves decode for 32 tokens, at a price for each; whole warpgroups for 64 or more, at the
-    price of so many. Measured on H200, in pairs per expert: the more a product costs beside its
-    bytes, the sooner passes are too many.
+    A pass over the weights for every 8 or 16 tokens of an expert, by programs with a row tile each,
+    is the fastest way to read them, but what they cost is decoded again and again. Warps that
+    multiply by themselves decode for 32 tokens or 64, at a price for each; whole warpgroups for 64
+    or more, at the price of so many. Measured on H200, in pairs per expert: the more a product
+    costs beside its bytes, the sooner passes are too many.
     """
     mean = pairs / num_experts
     operands = operands_of(stored, by_warp=False, grouped=grouped)
+    by_warp = operands_of(stored, by_warp=True, grouped=grouped)
     if mean <= _few(stored):
         return None
-    if mean <= _some(operands):
-        by_warp = operands_of(stored, by_warp=True, grouped=grouped)
-        variant = warp_variant(by_warp, scale_type, columns)
+    if some := _tokens_by_warp(by_warp, mean):
+        variant = warp_variant(by_warp, scale_type, columns, some)
     elif mean <= 56 and _suits_narrow(operands, num_experts, columns):
         variant = narrow_variant(operands, scale_type)
     else:
@@ -177,17 +174,24 @@ def operands_of(stored: Storage, *, by_warp: bool, grouped: bool) -> Storage:
     return stored.many
 
 
-def _few(stored: Storage) -> int:
+def _few(stored: Storage) -> float:
     """The most pairs per expert of the decode kernel."""
-    return {"group": 5, "block": 9}.get(stored.scale, 11)
+    if stored.code.bits == 4:
+        return 1.8 if stored.scale == "group" else 5
+    return 9 if stored.scale == "block" else 11
 
 
-def _some(stored: Storage) -> int:
-    """The most of single warps: none where nothing is decoded, more where sums change units twice
-    in a chunk."""
+def _tokens_by_warp(stored: Storage, mean: float) -> int:
+    """Of a tile of single warps, 0 for whole warpgroups.
+
+    The latter where nothing is decoded. Where sums change units twice in a chunk they are late to
+    win; and where they do at all, two sets of sums for 64 tokens are too many registers.
+    """
     if stored.code.bits == 16:
         return 0
-    return 44 if stored.scale == "group" and stored.group == 32 else 24
+    if stored.scales_sums:
+        return 32 if mean <= (44 if stored.scale == "group" and stored.group == 32 else 24) else 0
+    return 32 if mean <= 24 else 64 if mean <= 32 else 0
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
@@ -196,30 +200,30 @@ def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     little = stored.code.bits == 4 or stored.scale == "block"
     one_group = not stored.scales_sums or stored.group == 128
     stage = 2 if little and one_group else 1
-    most = _fitted(stored, scale_type, _MOST_TOKENS, stage)
-    return most if most.slots >= 3 else _fitted(stored, scale_type, 128, stage)
+    most = _fitted(WideVariant(stored, _MOST_TOKENS, stage), scale_type)
+    return most if most.slots >= 3 else _fitted(replace(most, block=128), scale_type)
 
 
 def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
     """Half as many tokens by twice as many rows, of which each warpgroup has as many sums: half as
     many activations are read."""
-    return _fitted(stored, scale_type, 64, 2, tiles=8)
+    return _fitted(WideVariant(stored, 64, 2, tiles=8), scale_type)
 
 
 def warp_variant(
-    stored: Storage, scale_type: str, columns: tuple[int, int] = (256, 256)
+    stored: Storage, scale_type: str, columns: tuple[int, int] = (256, 256), block: int = 32
 ) -> WideVariant:
     """Stages of 8 KiB of codes per row tile, or of half, if much of a last one would be nothing.
 
-    Then warps wait twice as often, and two programs fill each other's gaps (H200: 9 %). Not where
-    sums are scaled: two sets of them take all registers.
+    Then warps wait twice as often, and two programs fill each other's gaps (H200: 9 %), if there
+    are registers for their sums.
     """
     stage, programs = 16 // stored.code.bits, 1
     if any(-k % (64 * stage) > k / 32 for k in columns):
-        stage, programs = stage // 2, 1 if stored.scales_sums else 2
+        stage, programs = stage // 2, 1 if stored.scales_sums or block > 32 else 2
     # A group's products are added up within a stage.
     stage = max(stage, stored.group // 64, 1)
-    return _fitted(stored, scale_type, 32, stage, programs=programs)
+    return _fitted(WideVariant(stored, block, stage, by_warp=True, programs=programs), scale_type)
 
 
 def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
@@ -228,7 +232,7 @@ def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
     What is read from those scales at once is a power of two.
     """
     stage, block = max(variant.stage, 2), min(variant.block, 128)
-    return _fitted(variant.weights, scale_type, block, stage, variant.tiles, grouped=True)
+    return _fitted(replace(variant, stage=stage, block=block, grouped=True, programs=1), scale_type)
 
 
 def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -> bool:
@@ -238,18 +242,15 @@ def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -
     return stored.code.bits == 4 and not stored.scales_sums and pieces >= _WANTED_PROGRAMS
 
 
-def _fitted(
-    stored: Storage, scale_type: str, block: int, stage: int, tiles: int = 4,
-    grouped: bool = False, programs: int = 1,
-) -> WideVariant:  # fmt: skip
-    """As many slots as fit in shared memory."""
-    chunk, scale, zero = box_rows(stored, scale_type)
-    slot = 128 * (tiles * (stage * chunk + scale + zero) + stage * block)
-    empty = WideVariant(stored, block, 0, stage, tiles, grouped, programs)
-    room, scales = _SHARED_BYTES // programs - _OTHER_BYTES, 16 * block
-    if grouped:  # a slot has scales of activations of its groups, and there are ones behind all
-        slot, room = slot + empty.x_groups * scales, room - scales
-    return replace(empty, slots=min(room // slot, 8))
+def _fitted(variant: WideVariant, scale_type: str) -> WideVariant:
+    """The variant with as many slots as fit in shared memory."""
+    chunk, scale, zero = box_rows(variant.weights, scale_type)
+    stage, block = variant.stage, variant.block
+    slot = 128 * (variant.tiles * (stage * chunk + scale + zero) + stage * block)
+    room, scales = _SHARED_BYTES // variant.programs - _OTHER_BYTES, 16 * block
+    if variant.grouped:  # scales of activations of a slot's groups, and ones behind all
+        slot, room = slot + variant.x_groups * scales, room - scales
+    return replace(variant, slots=min(room // slot, 8))
 
 
 def type_name(dtype: torch.dtype | None) -> str:
@@ -301,6 +302,5 @@ def _registers(stored: Storage, block: int, grouped: bool) -> int:
         if two_products or stored.zeros:
             return 96
         return 72 if stored.scale == "fold" and stored.code.bits == 4 else 80
-    if two_products:
-        return 168
-    return 96 if stored.code.bits == 4 and not stored.scales_sums else 128
+    # More tokens only meet codes of 8 bits and more (`_few`).
+    return 168 if two_products else 128
