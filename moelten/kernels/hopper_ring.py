@@ -107,9 +107,12 @@ class Problem(Gemm):
     def least(self) -> int:
         """Units that are always multiplied.
 
-        Instructions of whole warpgroups take as long for fewer tokens as for 64.
+        Instructions of whole warpgroups take as long for fewer tokens as for 64. Of single warps
+        few tiles of 64 tokens have less than 24, and each number of units is a loop to compile.
         """
-        return 1 if self.variant.by_warp else 64 // self.variant.unit
+        if self.variant.by_warp:
+            return 1 if self.variant.block == 32 else 24 // self.variant.unit
+        return 64 // self.variant.unit
 
     @property
     def uneven(self) -> bool:
