@@ -16,7 +16,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 pytest.importorskip("triton")
 
 import triton
-import triton.language as tl
 from cases import ALL_SCHEMES
 from triton.compiler import ASTSource
 from triton_offline import Build, Compilers, Result, all_builds, stack_bytes
@@ -42,9 +41,9 @@ CONVERSIONS = {"e2m1": "v_cvt_scalef32_pk_bf16_fp4", "e4m3": "v_cvt_scalef32_pk_
 
 def product(build: Build) -> str:
     """What every matrix instruction of a build must look like."""
-    if build.block_scaled and build["A_CODES"] != "bf16":
+    if build.block_scaled and build.problem.activations.codes != "bf16":
         return BLOCK_SCALED[build.target]
-    if build.target == "sm_100a" and build["OPERAND"] == tl.int8:
+    if build.target == "sm_100a" and build.problem.variant.operand == "int8":
         # Triton 3.6 has no int8 form of Blackwell's own instruction.
         return r"mma\.sync\S*\.s8"
     return PRODUCTS[build.target]
@@ -57,8 +56,8 @@ def failures(build: Build, result: Result) -> list[str]:
     wanted, found = product(build), result.products
     if not found or not all(re.match(wanted, name) for name in found):
         wrong.append(f"wants {wanted}, has {', '.join(found) or 'no matrix instruction'}")
-    if build.block_scaled and build["A_CODES"] == "bf16":
-        wanted, found = CONVERSIONS[build["W_CODES"]], result.conversions
+    if build.block_scaled and build.problem.activations.codes == "bf16":
+        wanted, found = CONVERSIONS[build.problem.weights.codes], result.conversions
         if wanted not in found:
             wrong.append(f"wants {wanted}, has {', '.join(found) or 'no such conversion'}")
     return wrong

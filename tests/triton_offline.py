@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,6 +32,7 @@ from triton_targets import TARGETS, pretend
 import moelten
 from moelten.kernels import triton as backend
 from moelten.kernels.triton_gemm import gemm_kernel
+from moelten.kernels.triton_problem import Problem
 from moelten.kernels.triton_scaled import scaled_gemm_kernel
 
 KERNELS = {kernel.__name__: kernel for kernel in (gemm_kernel, scaled_gemm_kernel)}
@@ -70,15 +71,16 @@ class Build:
         """What distinguishes one build from another."""
         return self.kernel, self.signature, self.values, self.divisible, self.options
 
-    def __getitem__(self, constant: str) -> Any:
-        return dict(self.values)[constant]
+    @property
+    def problem(self) -> Problem:
+        return dict(self.values)["P"]
 
     @property
     def block_scaled(self) -> bool:
         return self.kernel == scaled_gemm_kernel.__name__
 
     def __str__(self) -> str:
-        gemm = 3 - self["HALVES"]
+        gemm = 3 - self.problem.halves
         return f"GEMM{gemm} of {self.scheme}, {self.tokens} tokens per expert"
 
     def source(self) -> ASTSource:
@@ -131,7 +133,7 @@ def as_build(
 ) -> Build:
     """What Triton makes of a launch: it compiles None, constants and ones into the code."""
     signature, values, divisible = {}, {}, []
-    arguments |= {"K": SIZE, "N": SIZE}
+    arguments["P"] = replace(arguments["P"], rows=SIZE, columns=SIZE)
     for parameter in kernel.params:
         name, value = parameter.name, arguments.pop(parameter.name)
         plain = isinstance(value, int) and not parameter.do_not_specialize

@@ -74,42 +74,68 @@ def activate(g, u, alpha, beta, limit, NAME: tl.constexpr, LIMITED: tl.constexpr
 
 
 @triton.jit
-def finish(
-    acc, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix, n, inside_n, scale_row,
-    N: tl.constexpr, W_SCALE: tl.constexpr, W_MODE: tl.constexpr, A_MODE: tl.constexpr,
-    NATIVE: tl.constexpr,
-):  # fmt: skip
-    """One half's fp32 result: what is constant along K, then the bias."""
+def row_of_scales(matrix, n, P: tl.constexpr):
+    """Where the scales of row n of a half begin."""
+    row = n * 0 if P.weights.row_block == 0 else n // P.weights.row_block
+    return (matrix * P.scale_rows + row) * P.scale_columns
+
+
+@triton.jit
+def token_factors(x, source, inside, P: tl.constexpr):
+    """What is constant along K of rows of activations: their scales, global ones; 0 for none."""
+    _, a_scale_ptr, a_global_ptr = x
+    scale = 0
+    if P.activations.mode == "row":
+        scale = tl.load(a_scale_ptr + source, mask=inside, other=0.0)
+    global_scale = 0
+    if a_global_ptr is not None:
+        global_scale = tl.load(a_global_ptr + source, mask=inside, other=0.0)
+    return scale, global_scale
+
+
+@triton.jit
+def finish(acc, weights, x, tokens, epilogue, expert, half: tl.constexpr, n, P: tl.constexpr):
+    """One half's fp32 result [n, pair]: what is constant along K, then the bias.
+
+    tokens: `token_factors`
+    """
+    _, w_scale_ptr, _, w_global_ptr = weights
+    _, _, a_global_ptr = x
+    token_scale, token_global = tokens
+    bias_ptr, _, _, _, _, _, _, _ = epilogue
+    SCALE: tl.constexpr = P.weights.scale
+    inside = n < P.rows
+    matrix = expert * P.halves + half
     h = acc.to(tl.float32)
-    if W_MODE == "row":
-        h = h * load_scale(w_scale_ptr + scale_row, inside_n, W_SCALE, NATIVE)[:, None]
-    if A_MODE == "row":
-        h = h * a_scale[None, :]
-    if a_global is not None:
-        h = h * a_global[None, :]
+    if P.weights.mode == "row":
+        at = w_scale_ptr + (row_of_scales(expert * P.halves, n, P) + half * P.half_scales)
+        h = h * load_scale(at, inside, SCALE, P.variant.native_fp8)[:, None]
+    if P.activations.mode == "row":
+        h = h * token_scale[None, :]
+    if a_global_ptr is not None:
+        h = h * token_global[None, :]
     if w_global_ptr is not None:
         h = h * tl.load(w_global_ptr + matrix)
     if bias_ptr is not None:
-        h = h + tl.load(bias_ptr + matrix * N + n, mask=inside_n, other=0.0)[:, None]
+        h = h + tl.load(bias_ptr + matrix * P.rows + n, mask=inside, other=0.0)[:, None]
     return h
 
 
 @triton.jit
-def store_pairs(
-    h0, h1, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit,
-    expert, pair, inside_m, n, inside_n,
-    N: tl.constexpr, ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
-):  # fmt: skip
+def store_pairs(h0, h1, epilogue, expert, pair, inside_m, n, P: tl.constexpr):
     """Join the halves, scale and store: out[pair, n] from h0 and h1 [n, pair]."""
+    _, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit = epilogue
+    ACTIVATION: tl.constexpr = P.activation
+    inside_n = n < P.rows
     if table_ptr is not None:
         alpha = tl.load(table_ptr + expert * 3)
         beta = tl.load(table_ptr + expert * 3 + 1)
         limit = tl.load(table_ptr + expert * 3 + 2)
-    y = activate(h0, h1, alpha, beta, limit, ACTIVATION, LIMITED)
+    y = activate(h0, h1, alpha, beta, limit, ACTIVATION, P.limited)
     if post_ptr is not None:
-        y = y * tl.load(post_ptr + expert * N + n, mask=inside_n, other=0.0)[:, None]
+        y = y * tl.load(post_ptr + expert * P.rows + n, mask=inside_n, other=0.0)[:, None]
     if router_ptr is not None:
         y = y * widen(tl.load(router_ptr + pair, mask=inside_m, other=0.0))[None, :]
     y = round_to(y, out_ptr.dtype.element_ty)
-    at = pair.to(tl.int64)[None, :] * N + n[:, None]
+    at = pair.to(tl.int64)[None, :] * P.rows + n[:, None]
     tl.store(out_ptr + at, y, mask=inside_n[:, None] & inside_m[None, :])

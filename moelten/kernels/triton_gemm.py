@@ -27,10 +27,18 @@ from moelten.kernels.triton_decode import (
     decode_words,
     load_raw_scale,
 )
-from moelten.kernels.triton_epilogue import NO_EPILOGUE, Epilogue, finish, store_pairs
+from moelten.kernels.triton_epilogue import (
+    NO_EPILOGUE,
+    Epilogue,
+    finish,
+    row_of_scales,
+    store_pairs,
+    token_factors,
+)
 from moelten.kernels.triton_ops import Rows
 from moelten.kernels.triton_plan import TilePlan
-from moelten.kernels.triton_scaled import scaled_constants, scaled_gemm_kernel
+from moelten.kernels.triton_problem import Problem
+from moelten.kernels.triton_scaled import scaled_gemm_kernel
 from moelten.kernels.triton_variants import Target, Variant, make_variant
 from moelten.qtensor import QTensor
 
@@ -57,23 +65,19 @@ def grouped_gemm(
     variant = make_variant(
         matrix.format, activation_format, target, plan.block, halves, rows.data.dtype
     )
-    tiles_n = triton.cdiv(height, variant.block_n)
     table = epilogue.parameters if isinstance(epilogue.parameters, Tensor) else None
     alpha, beta, limit = (1.0, 0.0, 0.0) if table is not None else epilogue.parameters
-    options = {} if INTERPRET else variant.launch
-    kernel = scaled_gemm_kernel if variant.block_scaled else gemm_kernel
-    zero = () if variant.block_scaled else (matrix.zero,)
+    limited = table is not None or limit != float("inf")
+    problem = Problem(height, columns, halves, epilogue.activation, limited, plan.block, variant)
     launch(
-        kernel, (plan.max_tiles * tiles_n,),
-        stored(matrix.data, variant, columns), as_bytes(matrix.scale), *zero, matrix.global_scale,
-        stored(rows.data, variant, columns), rows.scale, rows.global_scale,
+        scaled_gemm_kernel if variant.block_scaled else gemm_kernel,
+        (plan.max_tiles * problem.row_tiles,),
+        stored(matrix.data, variant, columns), as_bytes(matrix.scale), matrix.zero,
+        matrix.global_scale, stored(rows.data, variant, columns), rows.scale, rows.global_scale,
         plan.pairs, plan.tiles, plan.count, plan.max_tiles,
         epilogue.bias, table, epilogue.post_scale,
         None if epilogue.router is None else epilogue.router.contiguous(), out,
-        alpha, beta, limit, rows_per_source,
-        K=columns, N=height, HALVES=halves, ACTIVATION=epilogue.activation,
-        LIMITED=table is not None or limit != float("inf"),
-        BLOCK_M=plan.block, **constants(variant), **options,
+        alpha, beta, limit, rows_per_source, P=problem, **({} if INTERPRET else variant.launch),
     )  # fmt: skip
 
 
@@ -92,45 +96,94 @@ def stored(codes: Tensor, variant: Variant, columns: int) -> Tensor:
     return as_bytes(codes)  # type: ignore[return-value]
 
 
-def constants(variant: Variant) -> dict[str, object]:
-    """The kernel's compile-time arguments that a variant decides."""
-    if variant.block_scaled:
-        return scaled_constants(variant)
-    w, a = variant.weights, variant.activations
-    operand = {
-        "bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32,
-        "e4m3": tl.float8e4nv, "int8": tl.int8,
-    }[variant.operand]  # fmt: skip
-    return {
-        "W_CODES": w.codes, "W_SCALE": w.scale, "W_MODE": w.mode,
-        "W_GROUP": w.group, "W_ROWS": w.row_block,
-        "A_CODES": a.codes, "A_SCALE": a.scale, "A_MODE": a.mode, "A_GROUP": a.group,
-        "OPERAND": operand, "NATIVE": variant.native_fp8, "PRECISION": variant.precision,
-        "BLOCK_N": variant.block_n, "BLOCK_K": variant.block_k, "TOKENS_LEFT": variant.tokens_left,
-    }  # fmt: skip
+@triton.constexpr_function
+def _per_item(kind, codes):
+    """How many codes an item of a pointer's type holds."""
+    if kind == tl.int32:
+        return 8
+    return 2 if codes in ("int4", "e2m1") else 1
 
 
 @triton.constexpr_function
-def _items(kind, columns, codes):
-    """How many items of a pointer's type hold a row of K codes."""
-    if kind == tl.int32:
-        return columns // 8
-    return columns // 2 if codes in ("int4", "e2m1") else columns
+def _in_fragments(weights, activations, problem):
+    """Whether both operands have their columns in the order of a left fragment (`triton_decode`).
+
+    weights, activations: types of the pointers
+    """
+    words = weights == tl.int32 and not problem.variant.tokens_left
+    either = problem.activations.codes == "float" or activations == tl.int32
+    return words and either and problem.variant.block_k >= 32
+
+
+# Operands -----------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _scales(
-    pointer, row, inside, start,
-    K: tl.constexpr, KIND: tl.constexpr, MODE: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+def _values(
+    pointer, row, inside, zero, scale, unit, start,
+    SIDE: tl.constexpr, FRAGMENT: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
+    """One side's values [R, BLOCK_K] from column `start`, exact in the operand type; outside the
+    matrix, zeros.
+
+    row: int64 [R], where each row's codes begin; zero: [R] or None; scale, unit: for mode "fold".
+    """
+    CODES: tl.constexpr = SIDE.codes
+    SCALE: tl.constexpr = SIDE.scale
+    OPERAND: tl.constexpr = P.operand
+    NATIVE: tl.constexpr = P.variant.native_fp8
+    PER_ITEM: tl.constexpr = _per_item(pointer.dtype.element_ty, CODES)
+    ITEMS: tl.constexpr = P.variant.block_k // PER_ITEM
+    k = start // PER_ITEM + tl.arange(0, ITEMS)
+    mask = inside[:, None] & (k < P.columns // PER_ITEM)[None, :]
+    if CODES == "float":
+        return tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0.0)
+    codes = tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0)
+    factor = None
+    if SIDE.mode == "fold":
+        factor = decode_scale(scale, SCALE, NATIVE)
+        if unit is not None:
+            factor = factor * (unit if len(factor.shape) == 1 else unit[:, None])
+    if PER_ITEM == 8:
+        return decode_words(codes, zero, factor, CODES, OPERAND, FRAGMENT)
+    else:
+        return decode_bytes(codes, zero, factor, CODES, OPERAND, NATIVE)
+
+
+@triton.jit
+def _activations(x, tokens, start, FRAGMENT: tl.constexpr, P: tl.constexpr):
+    """Activations [tokens, BLOCK_K] from column `start`, in the same order as weights."""
+    a_ptr, a_scale_ptr, _ = x
+    inside, row, scale_row = tokens
+    A: tl.constexpr = P.activations
+    if FRAGMENT and A.codes == "float":
+        BLOCK_K: tl.constexpr = P.variant.block_k
+        k = start + columns_of(tl.arange(0, BLOCK_K), BLOCK_K)
+        mask = inside[:, None] & (k < P.columns)[None, :]
+        return tl.load(a_ptr + row[:, None] + k[None, :], mask=mask, other=0.0)
+    else:
+        scale = None
+        if A.mode == "fold":
+            scale = _scales(a_scale_ptr, scale_row, inside, start, A, P)
+        return _values(a_ptr, row, inside, None, scale, None, start, A, FRAGMENT, P)
+
+
+# Scales -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scales(pointer, row, inside, start, SIDE: tl.constexpr, P: tl.constexpr):
     """Undecoded scales of the block at column `start`: [R, groups], or [R] for a single group."""
-    if MODE == "fold" and BLOCK_K > GROUP:
-        g = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
-        mask = inside[:, None] & (g < (K + GROUP - 1) // GROUP)[None, :]
+    KIND: tl.constexpr = SIDE.scale
+    COUNT: tl.constexpr = P.variant.block_k // SIDE.group
+    if SIDE.mode == "fold" and COUNT > 1:
+        g = start // SIDE.group + tl.arange(0, COUNT)
+        mask = inside[:, None] & (g < (P.columns + SIDE.group - 1) // SIDE.group)[None, :]
         return load_raw_scale(pointer + row[:, None] + g[None, :], mask, KIND)
     else:
-        return load_raw_scale(pointer + row + start // GROUP, inside & (start < K), KIND)
+        return load_raw_scale(
+            pointer + row + start // SIDE.group, inside & (start < P.columns), KIND
+        )
 
 
 @triton.jit
@@ -154,96 +207,168 @@ def _row_units(pointer, row, inside, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    pointer, row, inside, zero, scale, unit, start,
-    K: tl.constexpr, CODES: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
-    BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, NATIVE: tl.constexpr, FRAGMENT: tl.constexpr,
-):  # fmt: skip
-    """Values [R, BLOCK_K] from column `start`, exact in OPERAND; outside the matrix, zeros.
+def _parameters(weights, x, rows, tokens, start, P: tl.constexpr):
+    """Undecoded scales of rows, zero points and scales of tokens of the block at column `start`.
 
-    row: int64 [R], where each row's codes begin; zero: [R] or None; scale, unit: for mode "fold".
+    0 for what is not there. Where one scale serves the whole tile it is a number for each half.
     """
-    WORDS: tl.constexpr = pointer.dtype.element_ty == tl.int32
-    PER_BYTE: tl.constexpr = 2 if CODES == "int4" or CODES == "e2m1" else 1
-    PER_ITEM: tl.constexpr = 8 if WORDS else PER_BYTE
-    k = start // PER_ITEM + tl.arange(0, BLOCK_K // PER_ITEM)
-    mask = inside[:, None] & (k < K // PER_ITEM)[None, :]
-    if CODES == "float":
-        return tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0.0)
-    codes = tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0)
-    factor = None
-    if MODE == "fold":
-        factor = decode_scale(scale, SCALE, NATIVE)
-        if unit is not None:
-            factor = factor * (unit if len(factor.shape) == 1 else unit[:, None])
-    if WORDS:
-        return decode_words(codes, zero, factor, CODES, OPERAND, FRAGMENT)
-    else:
-        return decode_bytes(codes, zero, factor, CODES, OPERAND, NATIVE)
+    _, w_scale_ptr, w_zero_ptr, _ = weights
+    _, a_scale_ptr, _ = x
+    _, inside_r, _, scale_row, block_ptr = rows
+    inside_m, _, token_scale_row = tokens
+    W: tl.constexpr = P.weights
+    A: tl.constexpr = P.activations
+    SCALE: tl.constexpr = W.scale
+    scale = 0
+    scale1 = 0
+    if P.blocked:
+        scale = load_raw_scale(block_ptr + start // W.group, start < P.columns, SCALE)
+        if P.halves == 2:
+            at = block_ptr + P.half_scales + start // W.group
+            scale1 = load_raw_scale(at, start < P.columns, SCALE)
+    elif W.mode == "fold" or W.mode == "group":
+        scale = _scales(w_scale_ptr, scale_row, inside_r, start, W, P)
+    zero = 0
+    if w_zero_ptr is not None:
+        at = w_zero_ptr + scale_row + start // W.group
+        zero = tl.load(at, mask=inside_r & (start < P.columns), other=0)
+    token_scale = 0
+    if A.mode == "group":
+        token_scale = _scales(a_scale_ptr, token_scale_row, inside_m, start, A, P)
+    return scale, scale1, zero, token_scale
+
+
+# Sums ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _activations(
-    pointer, row, inside, scale_ptr, scale_row, start,
-    K: tl.constexpr, CODES: tl.constexpr, SCALE: tl.constexpr, MODE: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, NATIVE: tl.constexpr,
-    FRAGMENT: tl.constexpr,
-):  # fmt: skip
-    """Values [R, BLOCK_K] as `_weights` has them, in the same order of columns."""
-    if FRAGMENT and CODES == "float":
-        k = start + columns_of(tl.arange(0, BLOCK_K), BLOCK_K)
-        mask = inside[:, None] & (k < K)[None, :]
-        return tl.load(pointer + row[:, None] + k[None, :], mask=mask, other=0.0)
-    else:
-        scale = None
-        if MODE == "fold":
-            scale = _scales(scale_ptr, scale_row, inside, start, K, SCALE, MODE, GROUP, BLOCK_K)
-        return _weights(
-            pointer, row, inside, None, scale, None, start,
-            K, CODES, SCALE, MODE, BLOCK_K, OPERAND, NATIVE, FRAGMENT,
-        )  # fmt: skip
+def _over_rows(numbers, P: tl.constexpr):
+    """Numbers of rows beside sums."""
+    return numbers[None, :] if P.variant.tokens_left else numbers[:, None]
 
 
 @triton.jit
-def _accumulate(
-    acc, w, a, w_scale, a_scale,
-    W_MODE: tl.constexpr, A_MODE: tl.constexpr, PRECISION: tl.constexpr,
-    TOKENS_LEFT: tl.constexpr,
-):  # fmt: skip
+def _over_tokens(numbers, P: tl.constexpr):
+    """Numbers of tokens beside sums."""
+    return numbers[:, None] if P.variant.tokens_left else numbers[None, :]
+
+
+@triton.jit
+def _row_factors(scale, scale1, half, P: tl.constexpr):
+    """What multiplies the sums of each row over a group."""
+    ROWS: tl.constexpr = P.tile_rows
+    SCALE: tl.constexpr = P.weights.scale
+    if P.blocked:
+        both = scale + tl.zeros((ROWS,), scale.dtype)
+        if P.halves == 2:
+            both = tl.where(half == 0, scale, scale1)
+        scale = both
+    return decode_scale(scale, SCALE, P.variant.native_fp8)
+
+
+@triton.jit
+def _add(acc, w, a, parameters, half, P: tl.constexpr):
     """acc + the product, which alone is scaled where scales belong to groups of K."""
-    if W_MODE == "group" or A_MODE == "group":
-        kind: tl.constexpr = tl.int32 if w.dtype == tl.int8 else tl.float32
-        part = tl.zeros(acc.shape, kind)
-    else:
-        part = acc
-    if TOKENS_LEFT:
+    scale, scale1, _, token_scale = parameters
+    W: tl.constexpr = P.weights
+    A: tl.constexpr = P.activations
+    TOKEN_SCALE: tl.constexpr = A.scale
+    PRECISION: tl.constexpr = P.variant.precision
+    part = acc
+    if W.mode == "group":
+        by_row = _row_factors(scale, scale1, half, P)
+    if A.mode == "group":
+        by_token = decode_scale(token_scale, TOKEN_SCALE, P.variant.native_fp8)
+    if P.scales_sums:
+        KIND: tl.constexpr = tl.int32 if w.dtype == tl.int8 else tl.float32
+        part = tl.zeros(acc.shape, KIND)
+    if P.variant.tokens_left:
         part = dot(a, tl.trans(w), part, PRECISION)
     else:
         part = dot(w, tl.trans(a), part, PRECISION)
-    if W_MODE == "group" and A_MODE == "group":
-        if TOKENS_LEFT:
-            return acc + part.to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
-        else:
-            return acc + part.to(tl.float32) * (w_scale[:, None] * a_scale[None, :])
-    elif W_MODE == "group":
-        return acc + part.to(tl.float32) * (w_scale[None, :] if TOKENS_LEFT else w_scale[:, None])
-    elif A_MODE == "group":
-        return acc + part.to(tl.float32) * (a_scale[:, None] if TOKENS_LEFT else a_scale[None, :])
+    if W.mode == "group" and A.mode == "group":
+        return acc + part.to(tl.float32) * (_over_tokens(by_token, P) * _over_rows(by_row, P))
+    elif W.mode == "group":
+        return acc + part.to(tl.float32) * _over_rows(by_row, P)
+    elif A.mode == "group":
+        return acc + part.to(tl.float32) * _over_tokens(by_token, P)
     else:
         return part
 
 
 @triton.jit
-def _part_halves(acc, HALVES: tl.constexpr, TOKENS_LEFT: tl.constexpr):
-    """Both halves [BLOCK_N, BLOCK_M] of the accumulator; one half twice."""
-    if TOKENS_LEFT:
+def _rows(weights, expert, first, P: tl.constexpr):
+    """Of each row of a tile: its half, whether there is such a row, where its codes and its scales
+    begin; and a pointer to the scales of the tile, if it has its own."""
+    w_ptr, w_scale_ptr, _, _ = weights
+    KIND: tl.constexpr = w_ptr.dtype.element_ty
+    ROWS: tl.constexpr = P.tile_rows
+    RUN: tl.constexpr = P.run
+    r = tl.arange(0, ROWS)
+    half = r // RUN % P.halves
+    n = first + (r // RUN // P.halves * RUN + r % RUN)
+    inside = n < P.rows
+    matrix = expert * P.halves
+    row = ((matrix + half) * P.rows + n) * (P.columns // _per_item(KIND, P.weights.codes))
+    scale_row = row_of_scales(matrix + half, n, P)
+    block_ptr = 0
+    if P.blocked:
+        block_ptr = w_scale_ptr + row_of_scales(matrix, first, P)
+    return half, inside, row, scale_row, block_ptr
+
+
+@triton.jit
+def _sums(weights, x, rows, inside, source, P: tl.constexpr):
+    """Sums [rows of all halves, tokens], or [tokens, rows] if tokens are on the left.
+
+    rows:           `_rows`
+    inside, source: of each token whether it is one, and its row of activations
+    """
+    w_ptr, w_scale_ptr, w_zero_ptr, _ = weights
+    a_ptr, _, _ = x
+    W: tl.constexpr = P.weights
+    W_KIND: tl.constexpr = w_ptr.dtype.element_ty
+    A_KIND: tl.constexpr = a_ptr.dtype.element_ty
+    FRAGMENT: tl.constexpr = _in_fragments(W_KIND, A_KIND, P)
+    half, inside_r, row, scale_row, _ = rows
+    a_row = source * (P.columns // _per_item(A_KIND, P.activations.codes))
+    tokens = (inside, a_row, source * P.token_scales)
+    ROWS: tl.constexpr = P.tile_rows
+    TOKENS: tl.constexpr = source.shape[0]
+    KIND: tl.constexpr = tl.int32 if P.integer else tl.float32
+    acc = tl.zeros((TOKENS, ROWS) if P.variant.tokens_left else (ROWS, TOKENS), KIND)
+    unit = None
+    if P.in_units:
+        unit, back = _row_units(w_scale_ptr, scale_row, inside_r, P.scale_columns, P.unit_step)
+    # Loaded one step ahead: too small for copies in the background.
+    parameters = _parameters(weights, x, rows, tokens, 0, P)
+    for start in range(0, P.columns, P.variant.block_k):
+        a = _activations(x, tokens, start, FRAGMENT, P)
+        zero = parameters[2] if w_zero_ptr is not None else None
+        w = _values(
+            w_ptr, row, inside_r, zero, parameters[0], unit, start, W, FRAGMENT, P
+        )  # fmt: skip
+        acc = _add(acc, w, a, parameters, half, P)
+        parameters = _parameters(weights, x, rows, tokens, start + P.variant.block_k, P)
+    if P.in_units:
+        acc = acc * _over_rows(back, P)
+    return acc
+
+
+# Tiles --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _part_halves(acc, P: tl.constexpr):
+    """Both halves [BLOCK_N, tokens] of the sums; one half twice."""
+    if P.variant.tokens_left:
         acc = tl.trans(acc)
-    if HALVES == 1:
+    if P.halves == 1:
         return acc, acc
     else:
         ROWS: tl.constexpr = acc.shape[0]
         COLUMNS: tl.constexpr = acc.shape[1]
-        RUN: tl.constexpr = 1 if TOKENS_LEFT else 8
+        RUN: tl.constexpr = P.run
         acc = tl.reshape(acc, (ROWS // (2 * RUN), 2, RUN, COLUMNS))
         h0, h1 = tl.split(tl.permute(acc, (0, 2, 3, 1)))
         shape: tl.constexpr = (ROWS // 2, COLUMNS)
@@ -251,150 +376,23 @@ def _part_halves(acc, HALVES: tl.constexpr, TOKENS_LEFT: tl.constexpr):
 
 
 @triton.jit
-def _gemm_tile(
-    w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
-    pairs_ptr, begin, end, expert, first,
-    bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
-    alpha, beta, limit, rows_per_source,
-    K: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr,
-    ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
-    W_CODES: tl.constexpr, W_SCALE: tl.constexpr, W_MODE: tl.constexpr,
-    W_GROUP: tl.constexpr, W_ROWS: tl.constexpr,
-    A_CODES: tl.constexpr, A_SCALE: tl.constexpr, A_MODE: tl.constexpr, A_GROUP: tl.constexpr,
-    OPERAND: tl.constexpr, NATIVE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TOKENS_LEFT: tl.constexpr,
-):  # fmt: skip
+def _tile(weights, x, epilogue, tile, TOKENS: tl.constexpr, P: tl.constexpr):
     """Pairs begin .. end - 1 of one expert by BLOCK_N rows of its matrix (of both halves)."""
-    ROWS: tl.constexpr = BLOCK_N * HALVES
-    position = begin + tl.arange(0, BLOCK_M)
-    inside_m = position < end
-    pair = tl.load(pairs_ptr + position, mask=inside_m, other=0).to(tl.int64)
-    # Rows of the halves take turns so that one thread's accumulators hold both of an output:
-    # one by one along a fragment's columns, by eights along its rows.
-    RUN: tl.constexpr = 1 if TOKENS_LEFT else 8
-    r = tl.arange(0, ROWS)
-    half = r // RUN % HALVES
-    n = first + (r // RUN // HALVES * RUN + r % RUN)
-    inside_r = n < N
-
-    W_ITEMS: tl.constexpr = _items(w_ptr.dtype.element_ty, K, W_CODES)
-    A_ITEMS: tl.constexpr = _items(a_ptr.dtype.element_ty, K, A_CODES)
-    WORDS: tl.constexpr = w_ptr.dtype.element_ty == tl.int32
-    FRAGMENT: tl.constexpr = (
-        WORDS and not TOKENS_LEFT and BLOCK_K >= 32
-        and (A_CODES == "float" or a_ptr.dtype.element_ty == tl.int32)
-    )  # fmt: skip
-    matrix = expert * HALVES
-    w_row = ((matrix + half) * N + n) * W_ITEMS
-    # Scale rows: one per row, per block of rows, or (0) one for the whole matrix.
-    SCALE_ROWS: tl.constexpr = 1 if W_ROWS == 0 else (N + W_ROWS - 1) // W_ROWS
-    SCALE_COLUMNS: tl.constexpr = (K + W_GROUP - 1) // W_GROUP
-    SCALE_HALF: tl.constexpr = SCALE_ROWS * SCALE_COLUMNS
-    scale_at = n * 0 if W_ROWS == 0 else n // W_ROWS
-    w_scale_row = ((matrix + half) * SCALE_ROWS + scale_at) * SCALE_COLUMNS
-    # Whether one scale serves the whole tile, of each half.
-    BLOCKED: tl.constexpr = W_MODE == "group" and W_ROWS > 1 and W_ROWS % BLOCK_N == 0
-    block_ptr = w_scale_ptr
-    if BLOCKED:
-        block_ptr += (matrix * SCALE_ROWS + first // W_ROWS) * SCALE_COLUMNS
+    pairs_ptr, rows_per_source, expert, begin, end, first = tile
+    position = begin + tl.arange(0, TOKENS)
+    inside = position < end
+    pair = tl.load(pairs_ptr + position, mask=inside, other=0).to(tl.int64)
+    rows = _rows(weights, expert, first, P)
     source = pair // rows_per_source
-    a_row = source * A_ITEMS
-    a_scale_row = source * ((K + A_GROUP - 1) // A_GROUP)
-
-    INTEGER: tl.constexpr = OPERAND == tl.int8 and W_MODE != "group" and A_MODE != "group"
-    kind: tl.constexpr = tl.int32 if INTEGER else tl.float32
-    acc = tl.zeros((BLOCK_M, ROWS) if TOKENS_LEFT else (ROWS, BLOCK_M), kind)
-    UNITS: tl.constexpr = W_MODE == "fold" and W_CODES == "int4"
-    unit = None
-    back = None
-    if UNITS:
-        # NOTE: Triton 3.6 lays out what follows after this load. With 2048 columns of scales at
-        # once the weights come as their fragment; with 512 no register spills on the right.
-        PADDED: tl.constexpr = triton.next_power_of_2(SCALE_COLUMNS)
-        COLUMNS: tl.constexpr = 512 if TOKENS_LEFT else 2048
-        STEP: tl.constexpr = min(PADDED, max(COLUMNS // W_GROUP, 16, PADDED // 16))
-        unit, back = _row_units(w_scale_ptr, w_scale_row, inside_r, SCALE_COLUMNS, STEP)
-    # Scales and zero points are loaded one step ahead: too small for copies in the background.
-    raw = None
-    raw1 = None
-    zero = None
-    a_raw = None
-    if BLOCKED:
-        raw = tl.load(block_ptr)
-        if HALVES == 2:
-            raw1 = tl.load(block_ptr + SCALE_HALF)
-    elif W_MODE == "fold" or W_MODE == "group":
-        raw = _scales(w_scale_ptr, w_scale_row, inside_r, 0, K, W_SCALE, W_MODE, W_GROUP, BLOCK_K)
-    if w_zero_ptr is not None:
-        zero = tl.load(w_zero_ptr + w_scale_row, mask=inside_r, other=0)
-    if A_MODE == "group":
-        a_raw = load_raw_scale(a_scale_ptr + a_scale_row, inside_m, A_SCALE)
-    for start in range(0, K, BLOCK_K):
-        a = _activations(
-            a_ptr, a_row, inside_m, a_scale_ptr, a_scale_row, start,
-            K, A_CODES, A_SCALE, A_MODE, A_GROUP, BLOCK_K, OPERAND, NATIVE, FRAGMENT,
-        )  # fmt: skip
-        w = _weights(
-            w_ptr, w_row, inside_r, zero, raw, unit, start,
-            K, W_CODES, W_SCALE, W_MODE, BLOCK_K, OPERAND, NATIVE, FRAGMENT,
-        )  # fmt: skip
-        w_scale = None
-        a_scale = None
-        if BLOCKED:
-            both = raw + tl.zeros((ROWS,), w_scale_ptr.dtype.element_ty)
-            if HALVES == 2:
-                both = tl.where(half == 0, raw, raw1)
-            w_scale = decode_scale(both, W_SCALE, NATIVE)
-        elif W_MODE == "group":
-            w_scale = decode_scale(raw, W_SCALE, NATIVE)
-        if A_MODE == "group":
-            a_scale = decode_scale(a_raw, A_SCALE, NATIVE)
-        acc = _accumulate(acc, w, a, w_scale, a_scale, W_MODE, A_MODE, PRECISION, TOKENS_LEFT)
-        later = start + BLOCK_K
-        if BLOCKED:
-            raw = load_raw_scale(block_ptr + later // W_GROUP, later < K, W_SCALE)
-            if HALVES == 2:
-                at = block_ptr + SCALE_HALF + later // W_GROUP
-                raw1 = load_raw_scale(at, later < K, W_SCALE)
-        elif W_MODE == "fold" or W_MODE == "group":
-            raw = _scales(
-                w_scale_ptr, w_scale_row, inside_r, later, K, W_SCALE, W_MODE, W_GROUP, BLOCK_K
-            )
-        if w_zero_ptr is not None:
-            at = w_zero_ptr + w_scale_row + later // W_GROUP
-            zero = tl.load(at, mask=inside_r & (later < K), other=0)
-        if A_MODE == "group":
-            at = a_scale_ptr + a_scale_row + later // A_GROUP
-            a_raw = load_raw_scale(at, inside_m & (later < K), A_SCALE)
-
-    if back is not None:
-        acc = acc * (back[None, :] if TOKENS_LEFT else back[:, None])
-    acc0, acc1 = _part_halves(acc, HALVES, TOKENS_LEFT)
+    acc0, acc1 = _part_halves(_sums(weights, x, rows, inside, source, P), P)
+    BLOCK_N: tl.constexpr = P.variant.block_n
     n = first + tl.arange(0, BLOCK_N)
-    inside_n = n < N
-    scale_at = n * 0 if W_ROWS == 0 else n // W_ROWS
-    w_scale_row = (matrix * SCALE_ROWS + scale_at) * SCALE_COLUMNS
-    a_scale = None
-    if A_MODE == "row":
-        a_scale = tl.load(a_scale_ptr + a_scale_row, mask=inside_m, other=0.0)
-    a_global = None
-    if a_global_ptr is not None:
-        a_global = tl.load(a_global_ptr + source, mask=inside_m, other=0.0)
-    h0 = finish(
-        acc0, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix, n, inside_n,
-        w_scale_row, N, W_SCALE, W_MODE, A_MODE, NATIVE,
-    )  # fmt: skip
+    factors = token_factors(x, source, inside, P)
+    h0 = finish(acc0, weights, x, factors, epilogue, expert, 0, n, P)
     h1 = h0
-    if HALVES == 2:
-        h1 = finish(
-            acc1, w_scale_ptr, w_global_ptr, bias_ptr, a_scale, a_global, matrix + 1, n, inside_n,
-            w_scale_row + SCALE_HALF, N, W_SCALE, W_MODE, A_MODE, NATIVE,
-        )  # fmt: skip
-    store_pairs(
-        h0, h1, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit,
-        expert, pair, inside_m, n, inside_n, N, ACTIVATION, LIMITED,
-    )  # fmt: skip
+    if P.halves == 2:
+        h1 = finish(acc1, weights, x, factors, epilogue, expert, 1, n, P)
+    store_pairs(h0, h1, epilogue, expert, pair, inside, n, P)
 
 
 @triton.jit(do_not_specialize=["max_tiles", "alpha", "beta", "limit", "rows_per_source"])
@@ -402,45 +400,22 @@ def gemm_kernel(
     w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
     pairs_ptr, tiles_ptr, count_ptr, max_tiles,
     bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
-    alpha, beta, limit, rows_per_source,
-    K: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr,
-    ACTIVATION: tl.constexpr, LIMITED: tl.constexpr,
-    W_CODES: tl.constexpr, W_SCALE: tl.constexpr, W_MODE: tl.constexpr,
-    W_GROUP: tl.constexpr, W_ROWS: tl.constexpr,
-    A_CODES: tl.constexpr, A_SCALE: tl.constexpr, A_MODE: tl.constexpr, A_GROUP: tl.constexpr,
-    OPERAND: tl.constexpr, NATIVE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    TOKENS_LEFT: tl.constexpr,
+    alpha, beta, limit, rows_per_source, P: tl.constexpr,
 ):  # fmt: skip
-    """One tile of up to BLOCK_M pairs of one expert by BLOCK_N rows of its matrix."""
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    """One tile of pairs of one expert by BLOCK_N rows of its matrix."""
     program = tl.program_id(0)
-    tile = program // TILES_N
-    if tile >= tl.load(count_ptr):
+    index = program // P.row_tiles
+    if index >= tl.load(count_ptr):
         return
-    expert = tl.load(tiles_ptr + tile).to(tl.int64)
-    begin = tl.load(tiles_ptr + max_tiles + tile)
-    end = tl.load(tiles_ptr + 2 * max_tiles + tile)
-    first = (program % TILES_N) * BLOCK_N
-    # What is left of an expert's pairs costs half where half a tile holds it.
-    HALF: tl.constexpr = BLOCK_M // 2 if TOKENS_LEFT and BLOCK_M == 128 else BLOCK_M
-    if HALF < BLOCK_M and end - begin <= HALF:
-        _gemm_tile(
-            w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
-            pairs_ptr, begin, end, expert, first,
-            bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
-            alpha, beta, limit, rows_per_source,
-            K, N, HALVES, ACTIVATION, LIMITED, W_CODES, W_SCALE, W_MODE, W_GROUP, W_ROWS,
-            A_CODES, A_SCALE, A_MODE, A_GROUP, OPERAND, NATIVE, PRECISION,
-            HALF, BLOCK_N, BLOCK_K, TOKENS_LEFT,
-        )  # fmt: skip
+    expert = tl.load(tiles_ptr + index).to(tl.int64)
+    begin = tl.load(tiles_ptr + max_tiles + index)
+    end = tl.load(tiles_ptr + 2 * max_tiles + index)
+    weights = (w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr)
+    x = (a_ptr, a_scale_ptr, a_global_ptr)
+    epilogue = (bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr, alpha, beta, limit)
+    first = program % P.row_tiles * P.variant.block_n
+    tile = (pairs_ptr, rows_per_source, expert, begin, end, first)
+    if P.rest < P.block and end - begin <= P.rest:
+        _tile(weights, x, epilogue, tile, P.rest, P)
     else:
-        _gemm_tile(
-            w_ptr, w_scale_ptr, w_zero_ptr, w_global_ptr, a_ptr, a_scale_ptr, a_global_ptr,
-            pairs_ptr, begin, end, expert, first,
-            bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
-            alpha, beta, limit, rows_per_source,
-            K, N, HALVES, ACTIVATION, LIMITED, W_CODES, W_SCALE, W_MODE, W_GROUP, W_ROWS,
-            A_CODES, A_SCALE, A_MODE, A_GROUP, OPERAND, NATIVE, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K, TOKENS_LEFT,
-        )  # fmt: skip
+        _tile(weights, x, epilogue, tile, P.block, P)

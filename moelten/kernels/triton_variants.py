@@ -180,7 +180,8 @@ def make_variant(
     """
     rows = row_dtype(weights, activations, target) if rows is None else rows
     operand = _operand(weights, activations, target, rows)
-    sides = _side(weights, operand), _side(activations, operand)
+    # Activations have a scale for every row, if it is one for all of them too.
+    sides = _side(weights, operand), replace(_side(activations, operand), row_block=1)
     if operand == "blocks":
         return _block_scaled(sides, target, tokens, halves)
     if isinstance(activations, Float) and operand != activations.name:
