@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moelten.kernels.constants import Constants
 from moelten.kernels.hopper_codes import Storage
 
 # Programs that keep enough bytes in flight on the 132 multiprocessors of a full part.
@@ -31,7 +32,7 @@ def row_tiles(rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Gemm:
+class Gemm(Constants):
     """What is compiled into the kernels for few and for many tokens per expert alike.
 
     rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves

@@ -8,6 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from moelten.kernels.constants import Constants
 from moelten.kernels.triton_variants import Side, Variant
 
 _OPERANDS = {
@@ -17,7 +18,7 @@ _OPERANDS = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Constants):
     """What is compiled into a kernel.
 
     rows, columns: N and K of one expert's matrix, of which GEMM1's with a gate has two halves

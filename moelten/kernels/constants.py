@@ -1,0 +1,30 @@
+"""What is compiled into a kernel, as one value that Triton's cache on disk tells from others."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Base of such values.
+
+    Triton compiles a kernel anew when its source changes or a constant's `str`. But a kernel also
+    depends on what a value's properties make of its fields, in Python that Triton does not look at:
+    so `str` names the sources, lest a new version of this library finds kernels of an old one.
+    """
+
+    def __str__(self) -> str:
+        return f"{self!r} {sources()}"
+
+
+@cache
+def sources() -> str:
+    """A hash of the Python files beside this one."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
