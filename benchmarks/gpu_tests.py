@@ -8,6 +8,9 @@ missing) is a failure, skipped tests come with their reason. Meanwhile compute-s
 sample, where the machine allows it, unless only some files run. The report is rewritten after each
 process, so a run that is cut short loses nothing: `--only FILE ..` runs some files, and `--onto
 REPORT` leaves out what a report of the same commit has.
+
+`--join OLD NEW`, in a repository, runs nothing: it writes the report NEW with what OLD has beside,
+each with its commit, if no file of the package and no test differs that did not run again.
 """
 
 from __future__ import annotations
@@ -182,6 +185,37 @@ def known(report: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any
     return runs, record.get("memcheck")
 
 
+def join(old: Path, new: Path) -> dict[str, Any]:
+    """The later report, and of the earlier one what the changes between them leave as it was."""
+    first, later = (json.loads(path.read_text()) for path in (old, new))
+    between = ["git", "-C", str(ROOT), "diff", "--name-only", first["commit"], later["commit"]]
+    between += ["--", "moelten", "tests", "benchmarks/memcheck.py"]
+    changed = subprocess.run(between, capture_output=True, text=True, check=True).stdout.split()
+    again = {run["command"][-1] for run in later["runs"] if run["tests"]}
+    elsewhere = {path.name for path in TESTS.glob("test_*.py")} - {job[-1] for job in named()}
+    if other := [name for name in changed if Path(name).name not in again | elsewhere]:
+        raise SystemExit(f"{', '.join(other)} changed after {old}, and did not run again")
+    known = {json.dumps(run["command"]): run for run in first["runs"]}
+    runs = [
+        run if run["tests"] else {"commit": first["commit"]} | known[json.dumps(run["command"])]
+        for run in later["runs"]
+    ]
+    missing = {run["command"][-1] for run in runs if not run["tests"]}
+    missing |= again & {*later["unfinished"]} | {*first["unfinished"]} - again
+    checked = later.get("memcheck") or {"commit": first["commit"]} | first["memcheck"]
+    return later | counts(runs, missing) | {"memcheck": checked}
+
+
+def counts(runs: list[dict[str, Any]], missing: set[str]) -> dict[str, Any]:
+    """What a report says of all runs: files of which something did not run are missing."""
+    return {
+        "tests": sum(r["tests"] for r in runs),
+        "failed": sum(len(r["failed"]) for r in runs),
+        "unfinished": sorted(missing),
+        "runs": runs,
+    }
+
+
 def write(
     target: Path, runs: list[dict[str, Any]], missing: set[str], checked: dict[str, Any] | None
 ) -> None:
@@ -195,19 +229,20 @@ def write(
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "tests": sum(r["tests"] for r in runs),
-        "failed": sum(len(r["failed"]) for r in runs),
-        "unfinished": sorted(missing),
-        "runs": runs,
+        **counts(runs, missing),
     }
     target.write_text(
         json.dumps(record | ({"memcheck": checked} if checked else {}), indent=1) + "\n"
     )
 
 
+def named() -> list[list[str]]:
+    """The jobs, with names for paths."""
+    return [[Path(argument).name for argument in job] for job in jobs()]
+
+
 def main(target: Path, only: Sequence[str] = (), onto: Path | None = None) -> int:
-    work = jobs()
-    files = [[Path(a).name for a in arguments] for arguments in work]
+    work, files = jobs(), named()
     before, checked = known(onto)
     runs = [before.get(json.dumps(command), EMPTY) for command in files]
     chosen = [i for i, c in enumerate(files) if c[-1] in only or not (only or runs[i]["tests"])]
@@ -233,8 +268,8 @@ def main(target: Path, only: Sequence[str] = (), onto: Path | None = None) -> in
                 runs[index] = add(runs[index], done.result())
                 unfinished.remove(index)
             missing = {files[i][-1] for i in (*unfinished, *left_out)}
-            named = [{"command": c} | r for c, r in zip(files, runs, strict=True)]
-            write(target, named, missing, checked)
+            so_far = [{"command": c} | r for c, r in zip(files, runs, strict=True)]
+            write(target, so_far, missing, checked)
     for name, r in zip(files, runs, strict=True):
         print(f"{r['tests']:5} {len(r['failed']):3} failed  {name[-1]}")
     failed = any(r["failed"] or not r["tests"] for r in runs)
@@ -247,5 +282,9 @@ if __name__ == "__main__":
     parser.add_argument("target", nargs="?", type=Path, default=folder / "gpu-tests.json")
     parser.add_argument("--only", nargs="*", default=[], metavar="FILE")
     parser.add_argument("--onto", type=Path, metavar="REPORT")
+    parser.add_argument("--join", nargs=2, type=Path, metavar=("OLD", "NEW"))
     given = parser.parse_args()
-    sys.exit(main(given.target, given.only, given.onto))
+    if given.join:
+        given.target.write_text(json.dumps(join(*given.join), indent=1) + "\n")
+    else:
+        sys.exit(main(given.target, given.only, given.onto))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +124,33 @@ def test_the_report(script, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(script, "memcheck", lambda found=found: found)
         assert script.main(tmp_path / "report.json") == code
+
+
+def test_a_later_report_keeps_what_did_not_change(script, tmp_path, monkeypatch):
+    """And nothing else: what differs between two commits must have run again."""
+    reports = tmp_path / "old.json", tmp_path / "new.json"
+    commands = [["-m", "gpu", name] for name in ("test_a.py", "test_b.py")]
+    monkeypatch.setattr(script, "jobs", lambda: commands)
+    old = [{"command": c, **script.EMPTY, "tests": 3, "failed": ["x"]} for c in commands]
+    new = [old[0] | {"tests": 2, "failed": []}, old[1] | {"tests": 0, "failed": []}]
+    checked = {"ran": True, "passed": True}
+    record = {"commit": "abc", "unfinished": [], "runs": old, "memcheck": checked}
+    reports[0].write_text(json.dumps(record))
+    record = {"commit": "def", "unfinished": ["test_b.py"], "runs": new}
+    reports[1].write_text(json.dumps(record))
+    changed = ["tests/test_a.py"]
+    done = SimpleNamespace(stdout="\n".join(changed))
+    monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: done)
+    found = script.join(*reports)
+    assert (found["commit"], found["tests"], found["failed"], found["unfinished"]) == (
+        "def", 5, 1, []
+    )  # fmt: skip
+    assert [run.get("commit") for run in found["runs"]] == [None, "abc"]
+    assert found["memcheck"] == checked | {"commit": "abc"}
+    for name in ("tests/test_b.py", "tests/metrics.py", "moelten/moe.py"):
+        done.stdout = f"tests/test_a.py\n{name}\n"
+        with pytest.raises(SystemExit, match=f"{name} changed after"):
+            script.join(*reports)
 
 
 def test_reports_of_one_commit_go_together(script, tmp_path, monkeypatch):

@@ -105,7 +105,7 @@ def machine(monkeypatch):
 
 
 def make(name="int4g32_bf16", tokens=5, **changes):
-    sizes = {"num_experts": 3, "hidden_size": 128, "intermediate_size": 64, "top_k": 2}
+    sizes = {"num_experts": 8, "hidden_size": 128, "intermediate_size": 64, "top_k": 2}
     case = Case(scheme(name), tokens=tokens, **(sizes | changes))
     weights, (x, routing) = make_weights(case), make_input(case)
     backend = next(b for b in kernels.BACKENDS if b.name == "hopper")
@@ -174,7 +174,7 @@ def test_another_kind_of_call_is_not_repeated(machine):
     biased = replace(
         experts,
         spec=replace(experts.spec, extras=("w2_bias",)),
-        tensors=experts.tensors | {"w2_bias": torch.zeros(3, 128)},
+        tensors=experts.tensors | {"w2_bias": torch.zeros(8, 128)},
     )
     for layer, rows, choice, workspace, count in (
         (experts, x[:4], moelten.Routing(ids[:4], weights[:4]), None, 4),
