@@ -7,7 +7,7 @@ what takes the time. What does not run is named: a file that cannot be imported 
 missing) is a failure, skipped tests come with their reason. Meanwhile compute-sanitizer looks at a
 sample, where the machine allows it, unless only some files run. The report is rewritten after each
 process, so a run that is cut short loses nothing: `--only FILE ..` runs some files, and `--onto
-REPORT` leaves out what a report of the same commit has.
+REPORT` goes on after a report of the same commit, of an unfinished file with the tests that lack.
 
 `--join OLD NEW`, in a repository, runs nothing: it writes the report NEW with what OLD has beside,
 each with its commit, if no file of the package and no test differs that did not run again.
@@ -78,16 +78,18 @@ def pytest(arguments: list[str], threads: int = 1, **environment: str) -> str:
     return done.stdout
 
 
-def shares(arguments: list[str]) -> list[list[str]]:
-    """The tests that pytest would run, a few per list; the arguments where it finds none.
+def shares(arguments: list[str], ran: Sequence[str] = ()) -> list[list[str]]:
+    """The tests that pytest would run, but for some, a few per list; the arguments where it finds
+    none.
 
     Neighbours, which take as long as each other, are dealt out.
     """
     printed = pytest(["--collect-only", *arguments])
-    names = [line for line in printed.splitlines() if re.match(r"[\w/.]+\.py::", line)]
+    found = [line for line in printed.splitlines() if re.match(r"[\w/.]+\.py::", line)]
+    names = [name for name in found if name not in ran]
     share = _SHARE if "not gpu" in arguments else _LONG_SHARE
     count = -(-len(names) // share)
-    return [names[i::count] for i in range(count)] or [arguments]
+    return [names[i::count] for i in range(count)] if found else [arguments]
 
 
 def run(arguments: list[str], workers: int = 1, gpu: str = "0") -> dict[str, Any]:
@@ -174,14 +176,18 @@ def jobs() -> list[list[str]]:
 
 
 def known(report: Path | None) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
-    """What a report of the same commit says, by its commands, and of the sample; nothing else."""
+    """What a report of the same commit says, by its commands, and of the sample; nothing else.
+
+    Of a file that is not finished the tests that ran are named, if the report does.
+    """
     if report is None:
         return {}, None
     record = json.loads(report.read_text())
     if record["commit"] != commit():
         raise SystemExit(f"{report} is of {record['commit']}, not of {commit()}")
-    done = [run for run in record["runs"] if run["command"][-1] not in record["unfinished"]]
-    runs = {json.dumps(run["command"]): {key: run[key] for key in EMPTY} for run in done}
+    missing, kept = record["unfinished"], (*EMPTY, "commit", "ran")
+    done = [run for run in record["runs"] if run["command"][-1] not in missing or run.get("ran")]
+    runs = {json.dumps(run["command"]): {k: run[k] for k in kept if k in run} for run in done}
     return runs, record.get("memcheck")
 
 
@@ -245,31 +251,37 @@ def main(target: Path, only: Sequence[str] = (), onto: Path | None = None) -> in
     work, files = jobs(), named()
     before, checked = known(onto)
     runs = [before.get(json.dumps(command), EMPTY) for command in files]
-    chosen = [i for i, c in enumerate(files) if c[-1] in only or not (only or runs[i]["tests"])]
+    whole = [i for i, r in enumerate(runs) if r["tests"] and "ran" not in r]
+    chosen = [i for i, c in enumerate(files) if c[-1] in only or not (only or i in whole)]
+    left_out = [i for i in range(len(files)) if i not in (*chosen, *whole)]
+    ran = {i: list(runs[i].get("ran", ())) for i in (*chosen, *left_out)}
     for index in chosen:
-        runs[index] = EMPTY
-    left_out = [i for i, c in enumerate(files) if i not in chosen and json.dumps(c) not in before]
+        runs[index] = runs[index] if ran[index] else EMPTY
     turns = itertools.cycle(gpus())
     with ThreadPoolExecutor(WORKERS) as pool:
         sample = [] if only or checked else [pool.submit(memcheck)]
-        parts = pool.map(shares, [work[i] for i in chosen])
+        parts = pool.map(shares, [work[i] for i in chosen], [ran[i] for i in chosen])
         pending = {
-            pool.submit(run, share, WORKERS, next(turns)): index
+            pool.submit(run, share, WORKERS, next(turns)): (index, share)
             for index, dealt in zip(chosen, parts, strict=True)
             for share in dealt
         }
-        unfinished = list(pending.values())
+        unfinished = [index for index, _ in pending.values()]
         for done in as_completed([*sample, *pending]):
             if done in sample:
                 checked = done.result()
                 print("memcheck:", checked, flush=True)
             else:
-                index = pending[done]
+                index, share = pending[done]
                 runs[index] = add(runs[index], done.result())
+                ran[index] += share
                 unfinished.remove(index)
-            missing = {files[i][-1] for i in (*unfinished, *left_out)}
-            so_far = [{"command": c} | r for c, r in zip(files, runs, strict=True)]
-            write(target, so_far, missing, checked)
+            missing = {*unfinished, *left_out}
+            so_far = [
+                {"command": files[i]} | r | ({"ran": ran[i]} if i in missing else {})
+                for i, r in enumerate(runs)
+            ]
+            write(target, so_far, {files[i][-1] for i in missing}, checked)
     for name, r in zip(files, runs, strict=True):
         print(f"{r['tests']:5} {len(r['failed']):3} failed  {name[-1]}")
     failed = any(r["failed"] or not r["tests"] for r in runs)

@@ -126,6 +126,26 @@ def test_the_report(script, tmp_path, monkeypatch):
         assert script.main(tmp_path / "report.json") == code
 
 
+def test_an_unfinished_file_goes_on_where_it_stopped(script, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    report, job = tmp_path / "report.json", ["-m", "gpu", str(tmp_path / "tests" / "test_some.py")]
+    run = {"command": ["-m", "gpu", "test_some.py"], **script.EMPTY, "tests": 1}
+    run["ran"] = ["tests/test_some.py::test_bad"]
+    lost = {"command": ["-m", "gpu", "test_lost.py"], **script.EMPTY, "ran": []}
+    unfinished = ["test_lost.py", "test_some.py"]
+    record = {"commit": "abc", "unfinished": unfinished, "runs": [run, lost]}
+    report.write_text(json.dumps(record))
+    monkeypatch.setenv("COMMIT", "abc")
+    others = ["-m", "gpu", str(tmp_path / "tests" / "test_lost.py")]
+    monkeypatch.setattr(script, "jobs", lambda: [job, others])
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    script.main(report, only=["test_some.py"], onto=report)
+    found = json.loads(report.read_text())
+    assert (found["tests"], found["failed"], found["unfinished"]) == (3, 0, ["test_lost.py"])
+    assert found["runs"][0]["tests"] == 3 and "ran" not in found["runs"][0]
+    assert found["runs"][1]["ran"] == []
+
+
 def test_a_later_report_keeps_what_did_not_change(script, tmp_path, monkeypatch):
     """And nothing else: what differs between two commits must have run again."""
     reports = tmp_path / "old.json", tmp_path / "new.json"
