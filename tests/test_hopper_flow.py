@@ -21,7 +21,7 @@ if not INTERPRET:
 
 from moelten import dequantize, reference
 from moelten.formats import scheme
-from moelten.kernels import hopper_gemm, hopper_plan
+from moelten.kernels import hopper_gemm, hopper_plan, hopper_rows
 from moelten.kernels.hopper import HopperBackend
 from moelten.packed import PackedExperts
 
@@ -56,7 +56,7 @@ class Gemms:
     """`hopper_gemm.grouped_gemm` and `prefill_gemm`, by their promises, for layers of weights."""
 
     def __init__(self, weights):
-        self.weights, self.calls = weights, []
+        self.weights, self.calls, self.begun = weights, [], None
 
     def layer(self, matrix, rows, expert: int, epilogue) -> torch.Tensor:
         """[rows, N] of one expert, in fp64, lest codes of what is quantized again flip."""
@@ -73,7 +73,7 @@ class Gemms:
 
     def tiles(self, plan):
         for tile in range(int(plan.count[0])):
-            yield [int(plan.tiles.view(3, -1)[i, tile]) for i in range(3)]
+            yield plan.tiles[:3, tile].tolist()
 
     def few(self, x, matrix, plan, out, variant, *, first, rows_per_source=1, epilogue):
         self.calls.append("few")
@@ -93,26 +93,37 @@ class Gemms:
                 into[pair * width :][:width] = 0
                 into[pair * width :][: matrix.rows] = y.to(out.dtype)
 
-    def many(self, x, matrix, plan, out, variant, *, ordered, epilogue):
+    def many(self, x, matrix, plan, out, variant, *, ordered, awaited, epilogue):
+        """GEMM2, if it may begin before GEMM1 ends, does every tile as soon as that has."""
         self.calls.append("many")
-        for expert, start, stop in self.tiles(plan):
-            rows = in_order(x.data[start:stop], matrix.columns).double()
-            if variant.grouped:
-                rows = rows * by_column(scales_of(x).T[start:stop], matrix.columns)
-            elif x.scale is not None:
-                rows = rows * x.scale[start:stop].view(-1, 1)
-            y = self.layer(matrix, rows, expert, epilogue)
-            if ordered:
-                out[start:stop] = reordered(y.to(out.dtype))
-            else:
-                out[start:stop] = in_order_of_sums(y.float())
+        own = (x, matrix, out, variant, ordered, epilogue)
+        if ordered and awaited:
+            self.begun = own
+            return
+        for tile in self.tiles(plan):
+            if awaited:
+                self.tile(*self.begun, *tile)
+            self.tile(*own, *tile)
+
+    def tile(self, x, matrix, out, variant, ordered, epilogue, expert, start, stop):
+        rows = in_order(x.data[start:stop], matrix.columns).double()
+        if variant.grouped:
+            rows = rows * by_column(scales_of(x).T[start:stop], matrix.columns)
+        elif x.scale is not None:
+            rows = rows * x.scale[start:stop].view(-1, 1)
+        y = self.layer(matrix, rows, expert, epilogue)
+        if ordered:
+            out[start:stop] = reordered(y.to(out.dtype))
+        else:
+            out[start:stop] = in_order_of_sums(y.float())
 
 
 @pytest.fixture
 def no_overlap(monkeypatch):
     """The interpreter has no instructions that let launches overlap."""
     monkeypatch.setattr(hopper_plan, "gdc_wait", lambda: None)
-    monkeypatch.setattr(hopper_plan, "gdc_launch_dependents", lambda: None)
+    for module in (hopper_plan, hopper_rows):
+        monkeypatch.setattr(module, "gdc_launch_dependents", lambda: None)
 
 
 def run(monkeypatch, weights, x, routing) -> tuple[torch.Tensor, list[str]]:

@@ -28,7 +28,8 @@ def no_overlap(monkeypatch):
     """The interpreter has no instructions that let launches overlap."""
     if INTERPRET:
         monkeypatch.setattr(hopper_plan, "gdc_wait", lambda: None)
-        monkeypatch.setattr(hopper_plan, "gdc_launch_dependents", lambda: None)
+        for module in (hopper_plan, hopper_rows):
+            monkeypatch.setattr(module, "gdc_launch_dependents", lambda: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])

@@ -101,11 +101,12 @@ def compiled(
         "out_ptr": f"*{operand}" if halves == 2 else "*u8",
         "positions": "i32",
         "steps": "i32",
+        "awaited": "i32",
     }
     if not more:
         types["bias_ptr"] = None
     activation = "swiglu" if halves == 2 else "none"
-    problem = Problem(rows, 4096, halves, scale, activation, False, halves == 2, variant)
+    problem = Problem(rows, 4096, halves, scale, activation, False, halves == 2, True, variant)
     options = {"num_warps": 8, "maxnreg": variant.registers}
     return compile_kernel(prefill_kernel, types, {"P": problem}, **options)
 
@@ -207,6 +208,21 @@ def test_memory_is_numbered_before_it_is_read():
     before = ptx[ptx.index(".entry") : last]
     assert "ld.shared" not in before and "mbarrier" not in before
     assert "bar.sync" in ptx[last : ptx.index("ld.shared", last)]
+
+
+def test_finished_tiles_are_told_and_asked_for():
+    """One lane counts what GEMM1 finished, after it; GEMM2 waits for that and for nothing else."""
+    first, second = (
+        compiled(*CASES["mxfp4"], halves, warp_variant).asm["ptx"] for halves in (2, 1)
+    )
+    # Of the piece before, and at the end.
+    assert first.count("red.release.gpu.global.add.u32") == 2
+    assert "griddepcontrol.launch_dependents" in first and "griddepcontrol.wait" in first
+    assert "ld.acquire" not in first
+    asked = second.index("ld.acquire.gpu.global.b32")
+    assert "fence.proxy.async.global" in second[asked : second.index("bulk.tensor", asked)]
+    assert second.count("ld.acquire.gpu.global.b32") == 4
+    assert "griddepcontrol" not in second and "red.release" not in second
 
 
 def test_parameters_are_those_of_a_recorded_launch():

@@ -57,7 +57,7 @@ def assert_plan(plan: triton_plan.TilePlan, ids: torch.Tensor, experts: int, fir
     inverse[wanted.pairs] = torch.arange(rows)
     assert torch.equal(plan.inverse.cpu().long(), inverse)
     tiles = [
-        (e, first + start, first + stop)
+        (e, first + start, first + stop, 0)
         for e, first, last in wanted.spans()
         for start, stop in cut(last - first, plan.block, plan.unit)
     ]

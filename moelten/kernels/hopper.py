@@ -2,17 +2,18 @@
 
 Few tokens per expert take four launches: plan, GEMM1 with activation, GEMM2 with router weights,
 sum over slots, each started while the one before drains. Many take other GEMMs, from the same
-packed weights: plan (two launches for many pairs), gather, GEMM1, GEMM2, sum. Activations of 8
-bits are quantized before each GEMM: for few tokens in a launch of its own, for many by what gathers
-rows, and in one more before GEMM2. Grids follow from T and k alone: nothing waits for the device,
-so a CUDA graph captures it. The two operand types place bits differently: two layouts, two
-backends. Triton is imported when a layer runs.
+packed weights: plan (two launches for many pairs), gather, GEMM1, GEMM2, sum; GEMM2 begins with
+tiles that GEMM1 has finished, while that is at its last. Activations of 8 bits are quantized before
+each GEMM: for few tokens in a launch of its own, for many by what gathers rows, and in one more
+before GEMM2. Grids follow from T and k alone: nothing waits for the device, so a CUDA graph
+captures it. The two operand types place bits differently: two layouts, two backends. Triton is
+imported when a layer runs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -148,7 +149,9 @@ class HopperBackend(ArenaBackend):
         slots = take(torch.float32, count)
         if variant:
             width = -(-hidden_size // 32) * 32
-            sources = slots.view(dtype)[: pairs * width].view(pairs, width)
+            # Where GEMM2 writes the sums of a tile, GEMM1 read that tile's rows.
+            stride = slot_bytes(hidden_size) // dtype.itemsize
+            sources = slots.view(dtype)[: pairs * stride].view(pairs, stride)[:, :width]
             if grouped:
                 first = _by_position(take, sources, -(-hidden_size // 128), variant)
             else:
@@ -230,7 +233,7 @@ def _many(
     second: Epilogue,
 ) -> Tensor:
     """Both GEMMs for many tokens per expert: the slots [1, P, bytes]."""
-    from moelten.kernels.hopper_gemm import matrices, prefill_gemm
+    from moelten.kernels.hopper_gemm import matrices, pieces_per_tile, prefill_gemm
     from moelten.kernels.hopper_rows import gather, quantize
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
@@ -242,14 +245,18 @@ def _many(
     else:
         pairs = _pairs(experts, routing)
         quantize(x, fmt, wide.first, plan.inverse, 1 if pairs else routing.top_k, pairs)
-    prefill_gemm(wide.first, w13, plan, hidden, variant, ordered=True, epilogue=first)
+    gemm = partial(
+        prefill_gemm, plan=plan, variant=variant,
+        awaited=pieces_per_tile(w13, variant) if stages.rows.scale is None else 0,
+    )  # fmt: skip
+    gemm(wide.first, w13, out=hidden, ordered=True, epilogue=first)
     if _grouped(fmt):
         quantize(hidden, fmt, stages.rows)
     else:
         _requantize(hidden, experts, stages.rows)
     count, width = len(hidden), slot_bytes(w2.rows)
     slots = stages.slots.view(torch.uint8)[: count * width].view(count, width)
-    prefill_gemm(stages.rows, w2, plan, slots, variant, ordered=False, epilogue=second)
+    gemm(stages.rows, w2, out=slots, ordered=False, epilogue=second)
     return slots[None]
 
 

@@ -112,6 +112,7 @@ def prefill_gemm(
     variant: WideVariant,
     *,
     ordered: bool,
+    awaited: int = 0,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
     """Write the row of every position of the plan to out, from its row of x.
@@ -121,6 +122,8 @@ def prefill_gemm(
               `hopper_rows.quantize` writes, with the last as `global_scale`
     out:      columns as those of x if `ordered`, for the next GEMM; else uint8 [P, slot_bytes], in
               the order of sums, for `hopper_plan.combine`
+    awaited:  for both GEMMs of a layer, if nothing is launched between them: `pieces_per_tile`,
+              after which GEMM2 may read a tile's rows; else 0
     epilogue: without router weights
     """
     stored, scale, zero = variant.weights, matrix.parts.get("scale"), matrix.parts.get("zero")
@@ -128,7 +131,7 @@ def prefill_gemm(
     chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation,
-        limited, ordered, variant,
+        limited, ordered, awaited > 0, variant,
     )  # fmt: skip
     x_scale, x_scales = x.scale, None
     if variant.grouped:
@@ -144,9 +147,16 @@ def prefill_gemm(
         TensorDescriptor.from_tensor(x.data, [plan.unit, 64], _TOKENS), x_scales,
         None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles, len(x.data),
-        -(-matrix.columns // (64 * variant.stage)), epilogue.bias, table, epilogue.post_scale, out,
-        *numbers, P=problem, num_warps=8, maxnreg=variant.registers,
+        -(-matrix.columns // (64 * variant.stage)), awaited, epilogue.bias, table,
+        epilogue.post_scale, out, *numbers, P=problem, num_warps=8, maxnreg=variant.registers,
+        launch_pdl=True,
     )  # fmt: skip
+
+
+def pieces_per_tile(w13: Matrix, variant: WideVariant) -> int:
+    """Of GEMM1; 0 where the one before a piece could not be counted in time (`hopper_ring`)."""
+    steps = -(-w13.columns // (64 * variant.stage))
+    return -(-w13.row_tiles // variant.tiles) if steps >= variant.slots else 0
 
 
 def _activation(epilogue: Epilogue) -> tuple[Tensor | None, float, float, float, bool]:

@@ -20,6 +20,7 @@ from moelten.kernels.triton_plan import (
     local_experts,
     make_tile_plan,
     store_count,
+    store_tile,
     tile_start,
 )
 
@@ -81,9 +82,7 @@ def plan_kernel(
     while nth < own:
         first = position + tile_start(nth, own, rows, UNIT)
         stop = position + tile_start(nth + 1, own, rows, UNIT)
-        tl.store(tiles_ptr + tile + nth, expert)
-        tl.store(tiles_ptr + max_tiles + tile + nth, first)
-        tl.store(tiles_ptr + 2 * max_tiles + tile + nth, stop)
+        store_tile(tiles_ptr, max_tiles, tile + nth, expert, first, stop)
         nth += 1
     if rows > 0:
         start = expert * 0

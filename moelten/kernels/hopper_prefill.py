@@ -17,16 +17,17 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_mma import warp_sums
 from moelten.kernels.hopper_products import find, number_memory
 from moelten.kernels.hopper_results import announce, finish_piece
-from moelten.kernels.hopper_ring import produce, take_work
+from moelten.kernels.hopper_ring import leave, place_of, produce, take_work
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
 # Of a thread of the producer; those of the warpgroups have what it leaves.
-_REGISTERS = gl.constexpr(32)
+_REGISTERS = gl.constexpr(40)
 
 
 @gluon.jit
@@ -103,6 +104,8 @@ def _consume(ring, work, zero_ptr, epilogue, steps, P: gl.constexpr):
             ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps, P
         )
         expert, first, stop, row_tile = take_work(ring, work, turn, P)
+    if P.chained and P.ordered:
+        leave(place_of(turn, P)[0])
 
 
 @gluon.jit
@@ -161,19 +164,25 @@ def _by_group(boxes, P: gl.constexpr):
         return 0
 
 
-@gluon.jit(do_not_specialize=("max_tiles", "positions", "steps", "alpha", "beta", "limit"))
+_RUNTIME = ("max_tiles", "positions", "steps", "awaited", "alpha", "beta", "limit")
+
+
+@gluon.jit(do_not_specialize=_RUNTIME)
 def prefill_kernel(
     w_desc, s_desc, z_desc, x_desc, u_desc, zero_ptr, row_scale_ptr, x_scale_ptr,
-    tiles_ptr, count_ptr, max_tiles, positions, steps, bias_ptr, table_ptr, post_ptr, out_ptr,
-    alpha, beta, limit, P: gl.constexpr,
+    tiles_ptr, count_ptr, max_tiles, positions, steps, awaited, bias_ptr, table_ptr, post_ptr,
+    out_ptr, alpha, beta, limit, P: gl.constexpr,
 ):  # fmt: skip
     """All of one grouped GEMM.
 
     positions: rows of activations
     steps:     stages that the columns make
+    awaited:   pieces of GEMM1 that make a tile's rows, if GEMM2 begins while GEMM1 is at others
 
     The count is known at run time only, lest loops be unrolled.
     """
+    if P.ordered:
+        gdc_launch_dependents()  # GEMM2; what follows that would only be in its way (H200)
     words = _room(w_desc, P.variant.slots * P.variant.tiles)
     scales = _room(s_desc, P.variant.slots * P.variant.tiles)
     zeros = _room(z_desc, P.variant.slots * P.variant.tiles)
@@ -199,13 +208,14 @@ def prefill_kernel(
         there, _by_group(x_scales, P), full_at,
     )  # fmt: skip
     boxes = (w_desc, s_desc, z_desc, x_desc, u_desc)
+    plan = (tiles_ptr, count_ptr, max_tiles)
     epilogue = (
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit
     )  # fmt: skip
     gl.warp_specialize(
         [
             (_consume, (taken, work, zero_ptr, epilogue, steps, P)),
-            (produce, (filled, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps, P)),
+            (produce, (filled, work, boxes, plan, positions, steps, awaited, P)),
         ],
         [1],
         [_REGISTERS],

@@ -18,6 +18,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_wait
 
 from moelten.kernels.hopper_codes import Storage
 from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slot_bytes
@@ -34,6 +35,16 @@ _WAIT = gl.constexpr(
     """{.reg .pred p, wanted; setp.ne.s32 wanted, $3, 0; @!wanted bra done_${:uid};
     again_${:uid}: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra again_${:uid};
     done_${:uid}: mov.b32 $0, $2;}"""
+)
+# Counted up by one lane, for all that the program's warps wrote before. Who waits then reads it by
+# bulk copies, to which a fence must say so.
+_COUNT_UP = gl.constexpr(
+    """{.reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
+    setp.ne.and.b32 p, $2, 0, p; @p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, $2;}"""
+)
+_UNTIL = gl.constexpr(
+    """{.reg .pred p; .reg .b32 n; again_${:uid}: ld.acquire.gpu.global.b32 n, [$1];
+    setp.lt.s32 p, n, $2; @p bra again_${:uid}; fence.proxy.async.global; mov.b32 $0, $2;}"""
 )
 _ARRIVE = gl.constexpr(
     f"{{.reg .b32 at; add.u32 at, $1, {_BARRIER}; barrier.cta.arrive.aligned at, {_THREADS};"
@@ -54,10 +65,13 @@ class Problem(Gemm):
 
     ordered: whether columns of the result stand in the order of operands, for the next GEMM; else
              in the order of sums, for their sum over slots
+    chained: whether GEMM2 begins with tiles that GEMM1 has finished, while that is at others: their
+             pieces are counted. Its programs start as those of GEMM1 end, which all have begun
     variant: operands, tiles of tokens, pieces of work and slots of the ring
     """
 
     ordered: bool
+    chained: bool
     variant: WideVariant
 
     @property
@@ -242,13 +256,36 @@ def _look_up(tiles_ptr, max_tiles, index, P: gl.constexpr):
 
 
 @gluon.jit
+def _count_up(counter, pred):
+    """Count a finished piece: what all warps wrote before they left a slot that is empty now."""
+    gl.inline_asm_elementwise(
+        _COUNT_UP, "=r,l,r", [counter.to(gl.uint64, bitcast=True), pred.to(gl.int32)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _wait_for_rows(turn, counter, awaited, P: gl.constexpr):
+    """Wait until a piece's rows of activations are there, or, where none are counted, all rows."""
+    if P.chained and not P.ordered:
+        gl.inline_asm_elementwise(
+            _UNTIL, "=r,l,r", [counter.to(gl.uint64, bitcast=True), awaited], dtype=gl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    elif turn == 0:
+        gdc_wait()
+
+
+@gluon.jit
 def _fill(
-    ring, boxes, turn, expert, first, row_tile, positions, steps,
+    ring, boxes, turn, expert, first, row_tile, positions, steps, counter, awaited,
     UNITS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """Bring one piece of work of so many units of tokens, stage after stage.
 
     The slot of `turn` is empty, before as after.
+
+    counter: of finished pieces of the tile in GEMM1, which GEMM2 waits for
     """
     w_desc, s_desc, z_desc, x_desc, u_desc = boxes
     UNIT: gl.constexpr = P.variant.unit
@@ -278,6 +315,8 @@ def _fill(
             if z_desc is not None:
                 to = ring[ZEROS].index(slot * TILES + tile)
                 _bring(z_desc, [block * Z_ROWS, 0], bar, to)
+        if step == 0:
+            _wait_for_rows(turn, counter, awaited, P)
         for c in gl.static_range(STAGE):
             for unit in gl.static_range(UNITS):
                 to = ring[X].index((slot * STAGE + c) * P.most + unit)
@@ -292,10 +331,11 @@ def _fill(
 
 
 @gluon.jit
-def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps, P: gl.constexpr):
+def produce(ring, work, boxes, plan, positions, steps, awaited, P: gl.constexpr):
     """Fill the ring while there are pieces of work.
 
     boxes: descriptors of words, scales, zero points, activations and their scales; or None
+    plan:  tiles and count of a `TilePlan`, and max_tiles
 
     Where products are the limit, pieces take as long as their tokens: each program takes the next
     one, by a counter, when it has room for it. Where memory is, pieces take turns, as on H200 all
@@ -307,14 +347,18 @@ def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps
     UNIT: gl.constexpr = P.variant.unit
     MOST: gl.constexpr = P.most
     SLOTS: gl.constexpr = P.variant.slots
+    tiles_ptr, count_ptr, max_tiles = plan
+    finished = tiles_ptr + 3 * max_tiles
     turn = 0
     index = gl.program_id(0)
+    before = index
     piece = _look_up(tiles_ptr, max_tiles, index, P)
     count = gl.load(count_ptr) * P.row_blocks
     dealt = gl.maximum(count // gl.num_programs(0) - _LAST, 1) * gl.num_programs(0)
     while index < count:
         expert, first, stop = _of_lane(piece, 0), _of_lane(piece, 1), _of_lane(piece, 2)
         row_tile = index % P.row_blocks * P.variant.tiles
+        tile = index // P.row_blocks
         if TURNS:
             index += gl.num_programs(0)
             if index >= dealt:
@@ -324,7 +368,14 @@ def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps
         units = (stop - first + UNIT - 1) // UNIT
         for n in gl.static_range(1, MOST + 1):
             if units == n:
-                turn = _fill(ring, boxes, turn, expert, first, row_tile, positions, steps, n, P)
+                turn = _fill(
+                    ring, boxes, turn, expert, first, row_tile, positions, steps,
+                    finished + tile, awaited, n, P,
+                )  # fmt: skip
+        if P.chained and P.ordered:
+            # The piece before is finished, since stages of this one, which are enough, are.
+            _count_up(finished + before, turn > steps)
+        before = tile
         if not TURNS:
             # Programs begin with a piece each, which nobody counted.
             index = gl.num_programs(0) + _count(count_ptr + COUNTER)
@@ -335,3 +386,6 @@ def produce(ring, work, boxes, tiles_ptr, count_ptr, max_tiles, positions, steps
     for _ in gl.static_range(1, SLOTS):
         turn += 1
         _wait_until_empty(turn, P)
+    if P.chained and P.ordered:
+        _wait_until_empty(turn + 1, P)
+        _count_up(finished + before, turn >= SLOTS)

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from moelten.formats import Format, Int8
 from moelten.kernels.launches import launch
@@ -59,7 +60,8 @@ def quantize(
         None if more.router is None else more.router.contiguous(), more.pre_scale,
         out.data, out.scale, out.global_scale,
         1 if pairs is None else pairs.ids.shape[1], more.first_expert, columns, len(out.data),
-        SLOTS=rows_per_source, WIDTH=out.data.shape[1], GROUP=group, GROUPS=groups,
+        SLOTS=rows_per_source, WIDTH=out.data.shape[1], STRIDE=out.data.stride(0), GROUP=group,
+        GROUPS=groups,
         GROUPED=fmt.block[1] is not None, KIND="int8" if isinstance(fmt, Int8) else "fp8",
         NATIVE=rounds_to_e4m3(x.device),
         num_warps=4 if group * groups <= 4096 else 8,
@@ -80,8 +82,8 @@ def _units(scale, GROUPS: tl.constexpr, LAST):
 def quantize_kernel(
     x_ptr, inverse_ptr, ids_ptr, router_ptr, pre_ptr, out_ptr, scale_ptr, last_ptr,
     top_k, first_expert, columns, count,
-    SLOTS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    GROUPED: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, GROUPED: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     source = tl.program_id(0).to(tl.int64)
     # All before the first store, lest each waits for the stores before it.
@@ -114,7 +116,7 @@ def quantize_kernel(
         scale, last_scale = _units(scale, GROUPS, last)
     for slot in tl.static_range(SLOTS):
         known = positions[slot] >= 0
-        tl.store(out_ptr + positions[slot] * WIDTH + k, codes, mask=(k < WIDTH) & known)
+        tl.store(out_ptr + positions[slot] * STRIDE + k, codes, mask=(k < WIDTH) & known)
         if GROUPED:
             at = scale_ptr + (g.to(tl.int64) * count + positions[slot]) * 4
             tl.store(at, scale, mask=(g <= last) & known)
@@ -139,7 +141,8 @@ def gather(x: Tensor, rows_per_source: int, inverse: Tensor, out: Rows) -> None:
     launch(
         gather_kernel, (len(x),),
         x.view(torch.int32), inverse, out.data.view(torch.int32), out.scale,
-        SLOTS=rows_per_source, WORDS=words, WIDTH=width, BLOCK=block,
+        SLOTS=rows_per_source, WORDS=words, WIDTH=width, STRIDE=out.data.stride(0) // 2,
+        BLOCK=block,
         num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
 
@@ -181,11 +184,13 @@ def _to_half(x):
 @triton.jit
 def gather_kernel(
     x_ptr, inverse_ptr, out_ptr, scale_ptr,
-    SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Read a row once, and write it for each of its pairs."""
     source = tl.program_id(0).to(tl.int64)
     x_ptr += source * WORDS
+    gdc_launch_dependents()
     # All before the first store, lest each waits for the stores before it.
     positions = ()
     for slot in tl.static_range(SLOTS):
@@ -203,7 +208,7 @@ def gather_kernel(
         to = start + tl.arange(0, BLOCK)
         for slot in tl.static_range(SLOTS):
             known = (to < WIDTH) & (positions[slot] >= 0)
-            tl.store(out_ptr + positions[slot] * WIDTH + to, word.to(tl.int32), mask=known)
+            tl.store(out_ptr + positions[slot] * STRIDE + to, word.to(tl.int32), mask=known)
     if scale_ptr is not None:
         for slot in tl.static_range(SLOTS):
             tl.store(scale_ptr + positions[slot], scale, mask=positions[slot] >= 0)

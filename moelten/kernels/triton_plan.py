@@ -33,7 +33,8 @@ class TilePlan:
     An expert's are as few as can be, and as equal as multiples of `unit` can be.
 
     pairs:   int32 [P]; the sorted pairs, the rest undefined
-    tiles:   int32 [3, max_tiles]: local expert, first position and last position + 1 of each tile
+    tiles:   int32 [4, max_tiles]: local expert, first position and last position + 1 of each tile,
+             and a counter at 0 of what was done of it
     count:   int32 [3]: how many tiles there are, and two counters at 0 for what shares them out
     counts:  int32 [programs, E], scratch
     inverse: int32 [P]: where each pair stands in `pairs`, -1 for one that is not valid; None where
@@ -61,7 +62,7 @@ def empty_plan(
     unit = unit or block
     assert block >= _SMALLEST_BLOCK and block % unit == 0, (block, unit)
     room, max_tiles = (min(pairs, pairs // size + num_experts) for size in (_SMALLEST_BLOCK, block))
-    tiles = take(torch.int32, 3 * room)[: 3 * max_tiles].view(3, max_tiles)
+    tiles = take(torch.int32, 4 * room)[: 4 * max_tiles].view(4, max_tiles)
     i32 = torch.int32
     counts = take(i32, min(triton.cdiv(pairs, _CHUNK), _MAX_PROGRAMS), num_experts)
     where = take(i32, pairs) if inverse else None
@@ -126,6 +127,16 @@ def store_count(count_ptr, tiles):
     tl.store(count_ptr + i, tl.where(i == 0, tiles, 0), mask=i < 3)
 
 
+@triton.jit
+def store_tile(tiles_ptr, max_tiles, tile, expert, first, stop, mask=None):
+    """What `TilePlan.tiles` holds of some tiles."""
+    to = tiles_ptr + tile
+    tl.store(to, expert, mask=mask)
+    tl.store(to + max_tiles, first, mask=mask)
+    tl.store(to + 2 * max_tiles, stop, mask=mask)
+    tl.store(to + 3 * max_tiles, expert * 0, mask=mask)
+
+
 # Sizes that follow the tokens: one compiled kernel serves them all.
 @triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
 def small_plan_kernel(
@@ -152,10 +163,8 @@ def small_plan_kernel(
     starts = valid & (tile_start(nth, tiles, run, UNIT) == rank)
     before = (below | (same & earlier)) & starts[None, :]
     tile = tl.sum(before.to(tl.int32), axis=1)
-    tl.store(tiles_ptr + tile, local, mask=starts)
-    tl.store(tiles_ptr + max_tiles + tile, position, mask=starts)
     stop = position - rank + tile_start(nth + 1, tiles, run, UNIT)
-    tl.store(tiles_ptr + 2 * max_tiles + tile, stop, mask=starts)
+    store_tile(tiles_ptr, max_tiles, tile, local, position, stop, starts)
     store_count(count_ptr, tl.sum(starts.to(tl.int32)))
 
 
@@ -216,14 +225,12 @@ def place_kernel(
     tiles = (total + BLOCK - 1) // BLOCK
     if program == 0:
         store_count(count_ptr, tl.sum(tiles))
-    to = tiles_ptr + tl.cumsum(tiles, 0) - tiles
+    tile = tl.cumsum(tiles, 0) - tiles
     nth = program
     while nth < tl.max(tiles, 0):
         start = first + tile_start(nth, tiles, total, UNIT)
         stop = first + tile_start(nth + 1, tiles, total, UNIT)
-        tl.store(to + nth, e, mask=nth < tiles)
-        tl.store(to + max_tiles + nth, start, mask=nth < tiles)
-        tl.store(to + 2 * max_tiles + nth, stop, mask=nth < tiles)
+        store_tile(tiles_ptr, max_tiles, tile + nth, e, start, stop, nth < tiles)
         nth += tl.num_programs(0)
     position = first + before
     i = tl.arange(0, CHUNK)
