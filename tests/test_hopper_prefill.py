@@ -269,6 +269,15 @@ def test_which_kernel_runs():
             assert wanted.items() <= found.items()
 
 
+def test_short_stages_are_for_more_tokens():
+    """2880 columns end with a quarter of a stage of 256."""
+    stored, chosen = storage(Int4(32), "bf16"), []
+    for columns in ((4096, 2048), (2880, 2880)):
+        found = (choose_wide(stored, "bfloat16", 8 * mean, 8, columns) for mean in range(1, 8))
+        chosen.append([variant.stage if variant else 0 for variant in found])
+    assert chosen == [[0, 4, 4, 4, 4, 4, 4], [0, 0, 0, 0, 0, 2, 2]]
+
+
 def test_as_what_weights_are_multiplied():
     """Groups of 128 fold where many sums would have to be scaled, and smaller ones everywhere."""
     few, many = (320, 16, (4096, 4096)), (2048, 16, (4096, 4096))

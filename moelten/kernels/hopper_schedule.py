@@ -153,7 +153,7 @@ def choose_wide(
     mean = pairs / num_experts
     operands = operands_of(stored, by_warp=False, grouped=grouped)
     by_warp = operands_of(stored, by_warp=True, grouped=grouped)
-    if mean <= _few(stored):
+    if mean <= _few(stored, columns):
         return None
     if some := _tokens_by_warp(by_warp, mean):
         variant = warp_variant(by_warp, scale_type, columns, some)
@@ -175,10 +175,14 @@ def operands_of(stored: Storage, *, by_warp: bool, grouped: bool) -> Storage:
     return stored.many
 
 
-def _few(stored: Storage) -> float:
-    """The most pairs per expert of the decode kernel."""
+def _few(stored: Storage, columns: tuple[int, int]) -> float:
+    """The most pairs per expert of the decode kernel.
+
+    Scales of sums cost it so much that single warps are ahead at once, unless their stages are
+    short (H200: 2 to 5 % at 2 to 4 pairs).
+    """
     if stored.code.bits == 4:
-        return 1.8 if stored.scale == "group" else 5
+        return 1.8 if stored.scale == "group" and not _ends_short(stored, columns) else 5
     return 9 if stored.scale == "block" else 11
 
 
@@ -220,11 +224,17 @@ def warp_variant(
     are registers for their sums.
     """
     stage, programs = 16 // stored.code.bits, 1
-    if any(-k % (64 * stage) > k / 32 for k in columns):
+    if _ends_short(stored, columns):
         stage, programs = stage // 2, 1 if stored.scales_sums or block > 32 else 2
     # A group's products are added up within a stage.
     stage = max(stage, stored.group // 64, 1)
     return _fitted(WideVariant(stored, block, stage, by_warp=True, programs=programs), scale_type)
+
+
+def _ends_short(stored: Storage, columns: tuple[int, int]) -> bool:
+    """Whether much of a last stage of 8 KiB of codes per row tile would be nothing."""
+    stage = 64 * 16 // stored.code.bits
+    return any(-k % stage > k / 32 for k in columns)
 
 
 def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
