@@ -46,12 +46,12 @@ def only(monkeypatch, variant):
     """All numbers of tokens take one variant of the kernel for many."""
     prepared = (arena._prepare, arena._measure)
 
-    def choose(stored, scale_type, *sizes, grouped=False):
+    def choose(stored, scale_type, *sizes, x_scale):
         by_warp = variant in (warp_variant, large_warp_variant)
-        operands = operands_of(stored, by_warp=by_warp, grouped=grouped)
+        operands = operands_of(stored, by_warp=by_warp, x_scale=x_scale)
         # Stages of single warps follow from columns.
         chosen = variant(operands, scale_type, *(sizes[2:] if by_warp else ()))
-        return with_groups(chosen, scale_type) if grouped else chosen
+        return with_groups(chosen, scale_type) if x_scale == "group" else chosen
 
     monkeypatch.setattr(hopper, "choose_wide", choose)
     for function in prepared:

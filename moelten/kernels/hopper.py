@@ -122,7 +122,8 @@ class HopperBackend(ArenaBackend):
         stored, scale_type = storage(weights, self.operand), type_name(weights.scale_dtype)
         grouped = _grouped(fmt)
         sizes = pairs, experts, (hidden_size, inter)
-        variant = choose_wide(stored, scale_type, *sizes, grouped=grouped)
+        x_scale = "none" if plain else "group" if grouped else "row"
+        variant = choose_wide(stored, scale_type, *sizes, x_scale=x_scale)
         block = variant.block if variant else block_of(pairs, experts)
         unit = variant.unit if variant else block
         dtype = _DTYPES[variant.weights.code.operand] if variant else own

@@ -125,7 +125,7 @@ def make_variant(
 
     grouped: whether activations have a scale for every 128 columns
     """
-    active = num_experts * -math.expm1(pairs * math.log1p(-1 / max(num_experts, 2)))
+    active = _active(pairs, num_experts)
     programs = max(min(active, pairs), pairs / block) * row_tiles
     steps = -(-columns // 256)
     splits = 1
@@ -135,25 +135,32 @@ def make_variant(
     return Variant(4, _registers(stored, block, grouped), splits)
 
 
+def _active(pairs: int, num_experts: int) -> float:
+    """Experts that so many pairs go to, if they go anywhere."""
+    return num_experts * -math.expm1(pairs * math.log1p(-1 / max(num_experts, 2)))
+
+
 def choose_wide(
     stored: Storage, scale_type: str, pairs: int, num_experts: int, columns: tuple[int, int],
-    *, grouped: bool = False,
+    *, x_scale: str = "none",
 ) -> WideVariant | None:  # fmt: skip
     """How many tokens per expert are multiplied; None where there are few.
 
     columns: of w13 and of w2
-    grouped: whether activations have a scale for every 128 columns
+    x_scale: of activations: "none"; "row": of a token; "group": of every 128 columns of one
 
     A pass over the weights for every 8 or 16 tokens of an expert, by programs with a row tile each,
-    is the fastest way to read them, but what they cost is decoded again and again. Warps that
-    multiply by themselves decode for 32 tokens or 64, at a price for each; whole warpgroups for 64
-    or more, at the price of so many. Measured on H200, in pairs per expert: the more a product
-    costs beside its bytes, the sooner passes are too many.
+    keeps more programs busy, but what weights cost is decoded again and again. Warps that multiply
+    by themselves decode for 32 tokens or 64, at a price for each; whole warpgroups for 64 or more,
+    at the price of so many. Measured on H200, in pairs per expert: the more a product costs beside
+    its bytes, the sooner passes are too many.
     """
     mean = pairs / num_experts
-    operands = operands_of(stored, by_warp=False, grouped=grouped)
-    by_warp = operands_of(stored, by_warp=True, grouped=grouped)
-    if mean <= _few(stored, columns):
+    operands = operands_of(stored, by_warp=False, x_scale=x_scale)
+    by_warp = operands_of(stored, by_warp=True, x_scale=x_scale)
+    # Where rows of GEMM2 are what GEMM1 writes, the one follows the other without a pause.
+    at_once = x_scale == "none" and by_warp.code.operand == stored.code.operand
+    if mean <= _few(stored, columns, at_once and _is_much(pairs, num_experts, columns)):
         return None
     if some := _tokens_by_warp(by_warp, mean):
         variant = warp_variant(by_warp, scale_type, columns, some)
@@ -161,29 +168,49 @@ def choose_wide(
         variant = narrow_variant(operands, scale_type)
     else:
         variant = wide_variant(operands, scale_type)
-    return with_groups(variant, scale_type) if grouped else variant
+    return with_groups(variant, scale_type) if x_scale == "group" else variant
 
 
-def operands_of(stored: Storage, *, by_warp: bool, grouped: bool) -> Storage:
+def operands_of(stored: Storage, *, by_warp: bool, x_scale: str = "none") -> Storage:
     """As what many tokens multiply weights: `Storage.many`, if there is that.
 
-    But scales that join weights leave none that those of activations could join; and groups of 128
-    are scaled sooner as sums, where there are as few as single warps have (H200: 10 %).
+    But scales that join weights leave none that those of activations could join. For single warps
+    groups of 128 are scaled sooner as sums, which are few (H200: 10 %); and codes of 8 bits cost
+    them less to decode than rows to bring to fp16 between the GEMMs (H200: 2 to 4 %).
     """
-    if stored.many is None or (stored.folds and (grouped or (by_warp and stored.group == 128))):
+    if stored.many is None:
         return stored
-    return stored.many
+    if stored.folds:
+        own = x_scale == "group" or (by_warp and stored.group == 128)
+    else:
+        own = by_warp and x_scale == "none"
+    return stored if own else stored.many
 
 
-def _few(stored: Storage, columns: tuple[int, int]) -> float:
+def _few(stored: Storage, columns: tuple[int, int], at_once: bool) -> float:
     """The most pairs per expert of the decode kernel.
 
-    Scales of sums cost it so much that single warps are ahead at once, unless their stages are
-    short (H200: 2 to 5 % at 2 to 4 pairs).
+    at_once: whether the other one's GEMMs follow each other at once, and make up for its plan: then
+             it is ahead from the first tokens on, unless its stages are short
     """
-    if stored.code.bits == 4:
-        return 1.8 if stored.scale == "group" and not _ends_short(stored, columns) else 5
-    return 9 if stored.scale == "block" else 11
+    if stored.code.bits == 16:
+        return 11
+    if stored.code.bits == 8:
+        return 11 if stored.scale != "block" else 8 if at_once else 9
+    short = _ends_short(stored, columns)
+    if at_once:
+        return 3.5 if short else 0.5
+    return 1.8 if stored.scale == "group" and not short else 5
+
+
+def _is_much(pairs: int, num_experts: int, columns: tuple[int, int]) -> bool:
+    """Whether pieces of four row tiles are enough for every multiprocessor, and weights for 0.1 ms.
+
+    Below that planning and gathering costs more than single warps save (H200).
+    """
+    active, (hidden, inter) = _active(pairs, num_experts), columns
+    pieces = active * min(hidden // 64, inter // 32) / 4
+    return pieces >= _WANTED_PROGRAMS and active * 3 * hidden * inter >= 1 << 30
 
 
 def _tokens_by_warp(stored: Storage, mean: float) -> int:
