@@ -34,7 +34,7 @@ from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_decode import Task, decode_kernel
 from moelten.kernels.hopper_ring import OPERANDS
 from moelten.kernels.hopper_rows import gather_kernel
-from moelten.kernels.hopper_schedule import make_variant
+from moelten.kernels.hopper_schedule import make_variant, slot_bytes
 from moelten.kernels.launches import _NUMBERS, _SCRATCH, _is_plain, _kinds
 
 # Format, operand type, and the most instructions of the loop per weight at 8 tokens.
@@ -116,6 +116,7 @@ def test_gather_reads_a_row_once(columns, normalized):
     names, slots, words = gather_kernel.arg_names, 6, columns // 2
     block = triton.next_power_of_2(words)
     values = {"SLOTS": slots, "WORDS": words, "WIDTH": words, "BLOCK": block}
+    values |= {"STRIDE": slot_bytes(columns) // 4}  # of rows in the slots' place
     types = {"x_ptr": "*i32", "inverse_ptr": "*i32", "out_ptr": "*i32"}
     if normalized:
         types["scale_ptr"] = "*fp32"
