@@ -112,7 +112,7 @@ def prefill_gemm(
     variant: WideVariant,
     *,
     ordered: bool,
-    awaited: int = 0,
+    awaited: int,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
     """Write the row of every position of the plan to out, from its row of x.
@@ -147,16 +147,15 @@ def prefill_gemm(
         TensorDescriptor.from_tensor(x.data, [plan.unit, 64], _TOKENS), x_scales,
         None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles, len(x.data),
-        -(-matrix.columns // (64 * variant.stage)), awaited, epilogue.bias, table,
-        epilogue.post_scale, out, *numbers, P=problem, num_warps=8, maxnreg=variant.registers,
-        launch_pdl=True,
+        variant.steps(matrix.columns), awaited, epilogue.bias, table, epilogue.post_scale, out,
+        *numbers, P=problem, num_warps=8, maxnreg=variant.registers, launch_pdl=True,
     )  # fmt: skip
 
 
 def pieces_per_tile(w13: Matrix, variant: WideVariant) -> int:
     """Of GEMM1; 0 where the one before a piece could not be counted in time (`hopper_ring`)."""
-    steps = -(-w13.columns // (64 * variant.stage))
-    return -(-w13.row_tiles // variant.tiles) if steps >= variant.slots else 0
+    in_time = variant.steps(w13.columns) >= variant.slots
+    return variant.row_blocks(w13.row_tiles) if in_time else 0
 
 
 def _activation(epilogue: Epilogue) -> tuple[Tensor | None, float, float, float, bool]:

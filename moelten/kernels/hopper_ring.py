@@ -84,7 +84,7 @@ class Problem(Gemm):
 
     @property
     def row_blocks(self) -> int:
-        return -(-self.row_tiles // self.variant.tiles)
+        return self.variant.row_blocks(self.row_tiles)
 
     @property
     def width(self) -> int:

@@ -107,6 +107,14 @@ class WideVariant:
         """Tokens by which products grow."""
         return 8 if self.by_warp else 16
 
+    def steps(self, columns: int) -> int:
+        """Stages that so many columns make."""
+        return -(-columns // (64 * self.stage))
+
+    def row_blocks(self, row_tiles: int) -> int:
+        """Pieces of work that so many row tiles make."""
+        return -(-row_tiles // self.tiles)
+
 
 def block_of(pairs: int, num_experts: int) -> int:
     """Pairs per tile: wide tiles cost every tile some speed, narrow ones large experts a pass more.
@@ -171,7 +179,7 @@ def choose_wide(
     return with_groups(variant, scale_type) if x_scale == "group" else variant
 
 
-def operands_of(stored: Storage, *, by_warp: bool, x_scale: str = "none") -> Storage:
+def operands_of(stored: Storage, *, by_warp: bool, x_scale: str) -> Storage:
     """As what many tokens multiply weights: `Storage.many`, if there is that.
 
     But scales that join weights leave none that those of activations could join. For single warps
