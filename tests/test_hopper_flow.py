@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import test_hopper_plan
 import torch
 from cases import Case, make_input, make_weights
 from metrics import assert_matches
@@ -21,7 +22,7 @@ if not INTERPRET:
 
 from moelten import dequantize, reference
 from moelten.formats import scheme
-from moelten.kernels import hopper_gemm, hopper_plan, hopper_rows
+from moelten.kernels import hopper_gemm
 from moelten.kernels.hopper import HopperBackend
 from moelten.packed import PackedExperts
 
@@ -118,12 +119,7 @@ class Gemms:
             out[start:stop] = in_order_of_sums(y.float())
 
 
-@pytest.fixture
-def no_overlap(monkeypatch):
-    """The interpreter has no instructions that let launches overlap."""
-    monkeypatch.setattr(hopper_plan, "gdc_wait", lambda: None)
-    for module in (hopper_plan, hopper_rows):
-        monkeypatch.setattr(module, "gdc_launch_dependents", lambda: None)
+no_overlap = test_hopper_plan.no_overlap
 
 
 def run(monkeypatch, weights, x, routing) -> tuple[torch.Tensor, list[str]]:
