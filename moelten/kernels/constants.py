@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,17 @@ class Constants:
 
     def __str__(self) -> str:
         return f"{self!r} {sources()}"
+
+
+def identify(kernel: Any) -> None:
+    """Tell Triton what a kernel is made of, which else reads all functions that it calls, and what
+    those call: for a GEMM that takes longer than to load it.
+
+    They are all in files beside this one, or Triton's own, which has its version told apart.
+    """
+    if getattr(kernel, "hash", "") is None:
+        named = f"{kernel.__module__}.{kernel.__name__} {sources()}"
+        kernel.hash = hashlib.sha256(named.encode()).hexdigest()
 
 
 @cache

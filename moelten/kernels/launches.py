@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moelten.kernels.constants import identify
 from moelten.kernels.tensor_maps import NO_CONTEXT, TensorMap
 
 # What Triton takes for granted of all addresses or of none: its code may differ between the two.
@@ -43,7 +44,8 @@ _NUMBERS: dict[str, Any] = {
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-    """`kernel[grid](*arguments, **named)`, which may be recorded."""
+    """`kernel[grid](*arguments, **named)`, which may be recorded: a kernel of this folder."""
+    identify(kernel)
     if _COMPILING.get():
         kernel.warmup(*arguments, grid=grid, **named)
         return
