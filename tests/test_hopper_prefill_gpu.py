@@ -38,8 +38,8 @@ pytestmark = pytest.mark.gpu
 TOKENS = (1, 3, 40, 100, 190, 260, 300, 340, 420, 900)
 
 
-def large_warp_variant(stored, scale_type, columns):
-    return warp_variant(stored, scale_type, columns, block=64)
+def slim_variant(stored, scale_type):
+    return narrow_variant(stored, scale_type, tiles=4)
 
 
 def only(monkeypatch, variant):
@@ -47,10 +47,9 @@ def only(monkeypatch, variant):
     prepared = (arena._prepare, arena._measure)
 
     def choose(stored, scale_type, *sizes, x_scale):
-        by_warp = variant in (warp_variant, large_warp_variant)
-        operands = operands_of(stored, by_warp=by_warp, x_scale=x_scale)
+        operands = operands_of(stored, few=variant is not wide_variant, x_scale=x_scale)
         # Stages of single warps follow from columns.
-        chosen = variant(operands, scale_type, *(sizes[2:] if by_warp else ()))
+        chosen = variant(operands, scale_type, *(sizes[2:] if variant is warp_variant else ()))
         return with_groups(chosen, scale_type) if x_scale == "group" else chosen
 
     monkeypatch.setattr(hopper, "choose_wide", choose)
@@ -77,8 +76,8 @@ def always_warps(monkeypatch):
 
 
 @pytest.fixture
-def always_large_warps(monkeypatch):
-    yield from only(monkeypatch, large_warp_variant)
+def always_slim(monkeypatch):
+    yield from only(monkeypatch, slim_variant)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -105,24 +104,26 @@ def test_every_scheme_by_warps(always_warps, name):
         check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 
-@pytest.mark.parametrize(
-    "name", ["mxfp4_bf16", "nvfp4_bf16", "int4g32_bf16", "fp8_bf16", "int8_int8"]
-)
-def test_large_tiles_by_warps(always_large_warps, name):
-    """Every eighth of 64 tokens, several tiles; columns whose last stage is mostly nothing."""
-    check_scheme(scheme(name), (1, 20, 50, 90, 130, 190, 300, 420, 560))
-    case = Case(scheme(name), num_experts=3, hidden_size=576, intermediate_size=288)
-    for tokens in (9, 70):
-        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+FEW = (1, 20, 50, 90, 130, 190, 300, 420, 560)
+NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4g128z_bf16", "int4g32_fp16"]
+NARROW += ["mxfp4_fp8", "int4g128_fp8g128"]
+SLIM = ["mxfp4_bf16", "int4g128z_bf16", "fp8block_bf16", "fp8_fp8", "int8_int8", "fp8block_fp8"]
 
 
-NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4z_bf16", "int4g32_fp16"]
+@pytest.mark.parametrize("name", SLIM)
+def test_narrow_tiles_of_few_rows(always_slim, name):
+    """Every quarter of 64 tokens, several tiles; columns that end within a stage, or with it."""
+    check_scheme(scheme(name), FEW)
+    for hidden, inter in ((320, 192), (512, 256)):
+        case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
+        for tokens in (9, 60):
+            check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_tiles(always_narrow, name):
-    """Every quarter of 64 tokens, several tiles; columns that end within a stage, or with it."""
-    check_scheme(scheme(name), (1, 20, 50, 90, 130, 190, 300, 420, 560))
+    """The same, of twice as many rows; the last 5 of 45 row tiles."""
+    check_scheme(scheme(name), FEW)
     for hidden, inter in ((320, 192), (512, 256), (2880, 288)):
         case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
         for tokens in (9, 60):

@@ -22,9 +22,10 @@ from moelten.kernels.triton_ops import Rows
 from moelten.kernels.triton_plan import TilePlan
 from moelten.packed import PackedExperts
 
-# Boxes in shared memory, rows of 128 bytes: words of codes, words of row parameters, activations.
-_WORDS, _PLAIN = gl.NVMMASharedLayout(128, 32, 2), gl.NVMMASharedLayout(0, 32, 2)
-_TOKENS = gl.NVMMASharedLayout(128, 16, 2)
+# Boxes in shared memory, rows of 128 bytes: words of codes and of row parameters, of several row
+# tiles of an expert; activations and their scales.
+_WORDS, _PLAIN = gl.NVMMASharedLayout(128, 32, 4), gl.NVMMASharedLayout(0, 32, 4)
+_TOKENS, _FACTORS = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(0, 32, 2)
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,9 @@ def prefill_gemm(
               after which GEMM2 may read a tile's rows; else 0
     epilogue: without router weights
     """
-    stored, scale, zero = variant.weights, matrix.parts.get("scale"), matrix.parts.get("zero")
+    stored, zero = variant.weights, matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
+    scale_width = 4 if stored.scale == "block" else 32
     chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation,
@@ -137,14 +139,14 @@ def prefill_gemm(
     if variant.grouped:
         assert x.scale is not None
         x_scale = x.global_scale
-        x_scales = TensorDescriptor.from_tensor(x.scale.view(-1, 4), [variant.block, 4], _PLAIN)
+        x_scales = TensorDescriptor.from_tensor(x.scale.view(-1, 4), [variant.block, 4], _FACTORS)
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(
         prefill_kernel, (processors * variant.programs,),
-        _boxes(matrix.parts["data"], variant.stage * chunk_rows, _WORDS),
-        _boxes(scale, scale_rows, _PLAIN, 4 if stored.scale == "block" else 32),
-        _boxes(zero, zero_rows, _PLAIN),
-        TensorDescriptor.from_tensor(x.data, [plan.unit, 64], _TOKENS), x_scales,
+        _boxes(matrix, "data", variant.tiles, variant.stage * chunk_rows, _WORDS),
+        _boxes(matrix, "scale", variant.tiles, scale_rows, _PLAIN, scale_width),
+        _boxes(matrix, "zero", variant.tiles, zero_rows, _PLAIN),
+        TensorDescriptor.from_tensor(x.data, [variant.unit, 64], _TOKENS), x_scales,
         None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles, len(x.data),
         variant.steps(matrix.columns), awaited, epilogue.bias, table, epilogue.post_scale, out,
@@ -167,13 +169,17 @@ def _activation(epilogue: Epilogue) -> tuple[Tensor | None, float, float, float,
 
 
 def _boxes(
-    part: Tensor | None, rows: int, layout: gl.NVMMASharedLayout, width: int = 32
+    matrix: Matrix, name: str, tiles: int, rows: int, layout: Any, width: int = 32
 ) -> TensorDescriptor | None:
-    """So many times 128 bytes per copy, from any row of `width` words on; None for none."""
+    """So many times 128 bytes of so many row tiles per copy, from any row of `width` words on.
+
+    None where there are none.
+    """
+    part = matrix.parts.get(name)
     if part is None or rows == 0:
         return None
-    words = part.view(torch.uint8).view(torch.int32).view(-1, width)
-    return TensorDescriptor.from_tensor(words, [rows * 32 // width, width], layout)
+    words = part.view(torch.uint8).view(torch.int32).view(len(part), matrix.row_tiles, -1, width)
+    return TensorDescriptor.from_tensor(words, [1, tiles, rows * 32 // width, width], layout)
 
 
 def _words(part: Tensor | None) -> Tensor | None:

@@ -27,7 +27,7 @@ from moelten.kernels.hopper_ring import leave, place_of, produce, take_work
 from moelten.kernels.hopper_wgmma import warpgroup_sums
 
 # Of a thread of the producer; those of the warpgroups have what it leaves.
-_REGISTERS = gl.constexpr(40)
+_REGISTERS = gl.constexpr(32)
 
 
 @gluon.jit
@@ -110,33 +110,37 @@ def _consume(ring, work, zero_ptr, epilogue, steps, P: gl.constexpr):
 
 @gluon.jit
 def _by_band(boxes, desc, P: gl.constexpr):
-    """Boxes of a descriptor, two and two: those of a band's row tiles."""
+    """Boxes of a descriptor, cut into those of a band's two row tiles."""
     if desc is None:
         return 0
     else:
         COUNT: gl.constexpr = P.variant.slots * P.variant.bands
-        SHAPE: gl.constexpr = [COUNT, 2 * desc.block_shape[0], desc.block_shape[1]]
-        return boxes._reinterpret(desc.dtype, SHAPE, desc.layout)
+        SHAPE: gl.constexpr = [COUNT, 2 * desc.block_shape[2], desc.block_shape[3]]
+        return boxes._reinterpret(desc.dtype, SHAPE, gl.NVMMASharedLayout(0, 32, 2))
 
 
 @gluon.jit
 def _words(boxes, desc, P: gl.constexpr):
     """`_by_band` of words, [2 row tiles, rows, 32]."""
     COUNT: gl.constexpr = P.variant.slots * P.variant.bands
-    SHAPE: gl.constexpr = [COUNT, 2, desc.block_shape[0], desc.block_shape[1]]
+    SHAPE: gl.constexpr = [COUNT, 2, desc.block_shape[2], desc.block_shape[3]]
     L: gl.constexpr = gl.NVMMASharedLayout(128, 32, 3)
     return boxes._reinterpret(desc.dtype, SHAPE, L)
 
 
+@gluon.constexpr_function
+def _so_many(count, shape):
+    return [count, *shape]
+
+
 @gluon.jit
 def _room(desc, COUNT: gl.constexpr):
-    """Shared memory for boxes of a descriptor."""
+    """Shared memory for so many boxes of a descriptor."""
     if desc is None:
         return 0
     else:
-        return gl.allocate_shared_memory(
-            desc.dtype, [COUNT, desc.block_shape[0], desc.block_shape[1]], desc.layout
-        )
+        SHAPE: gl.constexpr = _so_many(COUNT, desc.block_shape)
+        return gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
 
 
 @gluon.jit
@@ -183,9 +187,9 @@ def prefill_kernel(
     """
     if P.ordered:
         gdc_launch_dependents()  # GEMM2; what follows that would only be in its way (H200)
-    words = _room(w_desc, P.variant.slots * P.variant.tiles)
-    scales = _room(s_desc, P.variant.slots * P.variant.tiles)
-    zeros = _room(z_desc, P.variant.slots * P.variant.tiles)
+    words = _room(w_desc, P.variant.slots)
+    scales = _room(s_desc, P.variant.slots)
+    zeros = _room(z_desc, P.variant.slots)
     x = gl.allocate_shared_memory(
         P.operand, [P.variant.slots * P.variant.stage * P.most, P.variant.unit, 64], x_desc.layout
     )
@@ -202,7 +206,7 @@ def prefill_kernel(
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)
     fence_async_shared()
-    filled = (words, scales, zeros, x, x_scales, full)
+    filled = (words, scales, zeros, x, x_scales, full, full_at)
     taken = (
         _words(words, w_desc, P), _scales(scales, s_desc, P), _by_band(zeros, z_desc, P),
         there, _by_group(x_scales, P), full_at,

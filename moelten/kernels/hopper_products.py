@@ -1,9 +1,9 @@
 """Products of a whole warpgroup for any multiple of 16 tokens, in one instruction.
 
 Gluon has them for powers of two, which is what tensors' sizes can be, and several small ones cost
-more: with its left operand in registers, an instruction takes as long for 32 tokens as for 64. So
-this is wgmma as inline PTX. Sums come as tensors of 16 tokens, whose registers, one tensor's after
-the other's, are the instruction's.
+more: with its left operand in registers, an instruction takes half a cycle per token, but 13 cycles
+for 24 and fewer (H200). So this is wgmma as inline PTX. Sums come as tensors of 16 tokens, whose
+registers, one tensor's after the other's, are the instruction's.
 
 It wants to know where its right operand lies in shared memory, which Gluon does not tell either:
 see `find`.
@@ -23,11 +23,11 @@ _LOW, _HIGH = gl.constexpr(1 << 16), 64 | 1 << 30
 
 
 @gluon.constexpr_function
-def _ptx(count, operand):
-    """Two steps of 16 columns, in flight, for `count` tensors of sums.
+def _ptx(count, places, operand):
+    """Two steps of 16 columns for each of some places, in flight, for `count` tensors of sums.
 
-    Those are the first operands, and come in behind themselves; then the left operand, and, as
-    often, the low word of the right one's descriptor.
+    Those are the first operands, and come in behind themselves; then the left operand of each
+    place, and the low word of the right one's descriptor, to which places are added.
     """
     kind = "bf16" if operand == gl.bfloat16 else "f16"
     sums = ", ".join(f"${i}" for i in range(count * _REGISTERS))
@@ -37,22 +37,24 @@ def _ptx(count, operand):
         "wgmma.fence.sync.aligned;",
         f"mov.b32 high, {_HIGH};",
     ]
-    for step in range(2):
-        # The instruction wants rows g and g + 8 of the first 8 columns, then of the others.
-        own = ", ".join(f"${left + 4 * step + i}" for i in (0, 2, 1, 3))
-        lines += [
-            f"add.u32 low, ${left + _REGISTERS}, {2 * step};",
-            "mov.b64 right, {low, high};",
-            f"wgmma.mma_async.sync.aligned.m64n{16 * count}k16.f32.{kind}.{kind}",
-            f"{{{sums}}}, {{{own}}}, right, 1, 1, 1, 0;",
-        ]
+    for index, place in enumerate(places):
+        for step in range(2):
+            # The instruction wants rows g and g + 8 of the first 8 columns, then of the others.
+            at = left + index * _REGISTERS + 4 * step
+            own = ", ".join(f"${at + i}" for i in (0, 2, 1, 3))
+            lines += [
+                f"add.u32 low, ${left + len(places) * _REGISTERS}, {(place >> 4) + 2 * step};",
+                "mov.b64 right, {low, high};",
+                f"wgmma.mma_async.sync.aligned.m64n{16 * count}k16.f32.{kind}.{kind}",
+                f"{{{sums}}}, {{{own}}}, right, 1, 1, 1, 0;",
+            ]
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;}"])
 
 
 @gluon.constexpr_function
-def _constraints(count):
-    sums = count * _REGISTERS
-    return ",".join(["=f"] * sums + [str(i) for i in range(sums)] + ["r"] * (2 * _REGISTERS))
+def _constraints(count, places):
+    sums, others = count * _REGISTERS, (len(places) + 1) * _REGISTERS
+    return ",".join(["=f"] * sums + [str(i) for i in range(sums)] + ["r"] * others)
 
 
 @gluon.constexpr_function
@@ -61,20 +63,22 @@ def _types(count):
 
 
 @gluon.jit
-def multiply(acc, left, place, half: gl.constexpr, OPERAND: gl.constexpr):
-    """Sums [128, 16] of several times 16 tokens + half a band's chunk @ x: in flight.
+def multiply(acc, left, x, PLACES: gl.constexpr, OPERAND: gl.constexpr):
+    """Sums [128, 16] of several times 16 tokens + some halves of a band's chunks @ x: in flight.
 
-    left:  the registers of 32 columns (`hopper_fragments`), uint32 [128, 16] in the layout of sums
-    place: where the chunk of x begins
+    left:   of each half the registers of its 32 columns (`hopper_fragments`), uint32 [128, 16] in
+            the layout of sums
+    x:      where activations begin
+    PLACES: how far behind that those of each half do
     """
     COUNT: gl.constexpr = len(acc)
-    PTX: gl.constexpr = _ptx(COUNT, OPERAND)
-    CONSTRAINTS: gl.constexpr = _constraints(COUNT)
+    PTX: gl.constexpr = _ptx(COUNT, PLACES, OPERAND)
+    CONSTRAINTS: gl.constexpr = _constraints(COUNT, PLACES)
     TYPES: gl.constexpr = _types(COUNT)
-    low = ((place + half * 64) & 0x3FFFF) >> 4 | _LOW
+    low = (x & 0x3FFFF) >> 4 | _LOW
     low = gl.full([128, 16], 0, gl.int32, SUMS) + low
     return gl.inline_asm_elementwise(
-        PTX, CONSTRAINTS, acc + (left, low), TYPES, is_pure=False, pack=8
+        PTX, CONSTRAINTS, acc + left + (low,), TYPES, is_pure=False, pack=8
     )
 
 

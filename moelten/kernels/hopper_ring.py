@@ -25,7 +25,7 @@ from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slot_by
 
 WORDS, SCALES, ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 X, X_SCALES = gl.constexpr(3), gl.constexpr(4)
-FULL = gl.constexpr(5)
+FULL, FULL_AT = gl.constexpr(5), gl.constexpr(6)
 # Barriers of the multiprocessor that say that slots are empty: the last of 16. Eight warps arrive,
 # one waits, but not for slots that were never full.
 _BARRIER, _THREADS = 8, 9 * 32
@@ -45,6 +45,10 @@ _COUNT_UP = gl.constexpr(
 _UNTIL = gl.constexpr(
     """{.reg .pred p; .reg .b32 n; again_${:uid}: ld.acquire.gpu.global.b32 n, [$1];
     setp.lt.s32 p, n, $2; @p bra again_${:uid}; fence.proxy.async.global; mov.b32 $0, $2;}"""
+)
+_EXPECT = gl.constexpr(
+    """{.reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
+    @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.b32 $0, $2;}"""
 )
 _ARRIVE = gl.constexpr(
     f"{{.reg .b32 at; add.u32 at, $1, {_BARRIER}; barrier.cta.arrive.aligned at, {_THREADS};"
@@ -119,14 +123,9 @@ class Problem(Gemm):
 
     @property
     def least(self) -> int:
-        """Units that are always multiplied.
-
-        Instructions of whole warpgroups take as long for fewer tokens as for 64. Of single warps
-        few tiles of 64 tokens have less than 24, and each number of units is a loop to compile.
-        """
-        if self.variant.by_warp:
-            return 1 if self.variant.block == 32 else 24 // self.variant.unit
-        return 64 // self.variant.unit
+        """Units that are always multiplied: each number of them is a loop to compile, and large
+        tiles have few tokens only where a whole expert has."""
+        return 1 if self.variant.few else 64 // self.variant.unit
 
     @property
     def uneven(self) -> bool:
@@ -277,9 +276,17 @@ def _wait_for_rows(turn, counter, awaited, P: gl.constexpr):
 
 
 @gluon.jit
+def _expect(bar, count):
+    """Arrive at a barrier, by one lane, for so many bytes."""
+    gl.inline_asm_elementwise(
+        _EXPECT, "=r,r,r", [bar, count], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _fill(
-    ring, boxes, turn, expert, first, row_tile, positions, steps, counter, awaited,
-    UNITS: gl.constexpr, P: gl.constexpr,
+    ring, boxes, turn, expert, first, units, row_tile, positions, steps, counter, awaited,
+    P: gl.constexpr,
 ):  # fmt: skip
     """Bring one piece of work of so many units of tokens, stage after stage.
 
@@ -289,38 +296,32 @@ def _fill(
     """
     w_desc, s_desc, z_desc, x_desc, u_desc = boxes
     UNIT: gl.constexpr = P.variant.unit
-    W_ROWS: gl.constexpr = w_desc.block_shape[0]
+    W_ROWS: gl.constexpr = w_desc.block_shape[2]
     S_ROWS: gl.constexpr = 0 if s_desc is None else P.scale_rows
-    Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[0]
+    Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[2]
     TILES: gl.constexpr = P.variant.tiles
     STAGE: gl.constexpr = P.variant.stage
     X_GROUPS: gl.constexpr = P.variant.x_groups
     U_BYTES: gl.constexpr = X_GROUPS * P.variant.block * 16
-    BYTES: gl.constexpr = U_BYTES + 128 * (
-        TILES * (W_ROWS + S_ROWS + Z_ROWS) + STAGE * UNITS * UNIT
-    )
+    BYTES: gl.constexpr = U_BYTES + 128 * TILES * (W_ROWS + S_ROWS + Z_ROWS)
+    X_BYTES: gl.constexpr = 128 * STAGE * UNIT
     for step in range(steps):
         slot = turn % P.variant.slots
         bar = ring[FULL].index(slot)
-        mbarrier.expect(bar, BYTES)
-        for tile in gl.static_range(TILES):
-            # Past the last row tile, that again; its results are not stored.
-            matrix = expert * P.row_tiles + gl.minimum(row_tile + tile, P.row_tiles - 1)
-            row = matrix * (P.chunks * W_ROWS // STAGE) + step * W_ROWS
-            _bring(w_desc, [row, 0], bar, ring[WORDS].index(slot * TILES + tile))
-            block = matrix * P.super_blocks + step * STAGE // 4
-            if s_desc is not None:
-                to = ring[SCALES].index(slot * TILES + tile)
-                _bring(s_desc, [block * S_ROWS, 0], bar, to)
-            if z_desc is not None:
-                to = ring[ZEROS].index(slot * TILES + tile)
-                _bring(z_desc, [block * Z_ROWS, 0], bar, to)
+        _expect(ring[FULL_AT] + slot * 8, BYTES + units * X_BYTES)
+        # All row tiles at once: each copy takes the warp its time. Past the last one are zeros.
+        _bring(w_desc, [expert, row_tile, step * W_ROWS, 0], bar, ring[WORDS].index(slot))
+        block = step * STAGE // 4
+        if s_desc is not None:
+            _bring(s_desc, [expert, row_tile, block * S_ROWS, 0], bar, ring[SCALES].index(slot))
+        if z_desc is not None:
+            _bring(z_desc, [expert, row_tile, block * Z_ROWS, 0], bar, ring[ZEROS].index(slot))
         if step == 0:
             _wait_for_rows(turn, counter, awaited, P)
         for c in gl.static_range(STAGE):
-            for unit in gl.static_range(UNITS):
-                to = ring[X].index((slot * STAGE + c) * P.most + unit)
-                _bring(x_desc, [first + unit * UNIT, (step * STAGE + c) * 64], bar, to)
+            for unit in range(units):
+                room = ring[X].index((slot * STAGE + c) * P.most + unit)
+                _bring(x_desc, [first + unit * UNIT, (step * STAGE + c) * 64], bar, room)
         for g in gl.static_range(X_GROUPS):
             # Of all the block's tokens; what others there are adds to sums that are not stored.
             row = (step * X_GROUPS + g) * positions + first
@@ -342,10 +343,9 @@ def produce(ring, work, boxes, plan, positions, steps, awaited, P: gl.constexpr)
     are read 5 % sooner than by the counter; and what is next is looked up a piece ahead. But of the
     last ones programs take as many as they get done (H200: 4 %).
     """
-    TURNS: gl.constexpr = P.variant.by_warp
+    TURNS: gl.constexpr = P.variant.few
     COUNTER: gl.constexpr = 1 if P.ordered else 2
     UNIT: gl.constexpr = P.variant.unit
-    MOST: gl.constexpr = P.most
     SLOTS: gl.constexpr = P.variant.slots
     tiles_ptr, count_ptr, max_tiles = plan
     finished = tiles_ptr + 3 * max_tiles
@@ -366,12 +366,10 @@ def produce(ring, work, boxes, plan, positions, steps, awaited, P: gl.constexpr)
             piece = _look_up(tiles_ptr, max_tiles, index, P)
         _hand_over(work.index(turn % P.variant.slots), expert, first, stop, row_tile)
         units = (stop - first + UNIT - 1) // UNIT
-        for n in gl.static_range(1, MOST + 1):
-            if units == n:
-                turn = _fill(
-                    ring, boxes, turn, expert, first, row_tile, positions, steps,
-                    finished + tile, awaited, n, P,
-                )  # fmt: skip
+        turn = _fill(
+            ring, boxes, turn, expert, first, units, row_tile, positions, steps, finished + tile,
+            awaited, P,
+        )  # fmt: skip
         if P.chained and P.ordered:
             # The piece before is finished, since stages of this one, which are enough, are.
             _count_up(finished + before, turn > steps)

@@ -73,7 +73,7 @@ class WideVariant:
     """weights: as the operands that they are multiplied as
     block: most tokens of a tile, beside `tiles` row tiles of 64 rows
     slots, stage: slots in shared memory, of so many chunks of 64 columns
-    by_warp: whether warps multiply by themselves, which costs what the tokens cost
+    by_warp: whether warps multiply by themselves
     grouped: whether activations have a scale for every 128 columns
     programs: of a multiprocessor
     """
@@ -101,6 +101,11 @@ class WideVariant:
     def registers(self) -> int:
         """The most of a thread when a program begins, which has 12 warps; they share them out."""
         return (65536 // (384 * self.programs)) // 8 * 8
+
+    @property
+    def few(self) -> bool:
+        """Whether tiles are of few tokens, so that memory is the limit sooner than products."""
+        return self.block <= 64
 
     @property
     def unit(self) -> int:
@@ -158,40 +163,42 @@ def choose_wide(
     x_scale: of activations: "none"; "row": of a token; "group": of every 128 columns of one
 
     A pass over the weights for every 8 or 16 tokens of an expert, by programs with a row tile each,
-    keeps more programs busy, but what weights cost is decoded again and again. Warps that multiply
-    by themselves decode for 32 tokens or 64, at a price for each; whole warpgroups for 64 or more,
-    at the price of so many. Measured on H200, in pairs per expert: the more a product costs beside
-    its bytes, the sooner passes are too many.
+    keeps more programs busy, but what weights cost is decoded again and again. Others decode for 32
+    tokens or more. Products of single warps take their time from decoding (H200: 6 cycles for 8
+    tokens); those of whole warpgroups run beside it, but take as long for 8 tokens as for 24 (13
+    cycles; half a cycle for each of 32 and more). Measured on H200, in pairs per expert.
     """
     mean = pairs / num_experts
-    operands = operands_of(stored, by_warp=False, x_scale=x_scale)
-    by_warp = operands_of(stored, by_warp=True, x_scale=x_scale)
+    few = operands_of(stored, few=True, x_scale=x_scale)
     # Where rows of GEMM2 are what GEMM1 writes, the one follows the other without a pause.
-    at_once = x_scale == "none" and by_warp.code.operand == stored.code.operand
+    at_once = x_scale == "none" and few.code.operand == stored.code.operand
     if mean <= _few(stored, columns, at_once and _is_much(pairs, num_experts, columns)):
         return None
-    if some := _tokens_by_warp(by_warp, mean):
-        variant = warp_variant(by_warp, scale_type, columns, some)
-    elif mean <= 56 and _suits_narrow(operands, num_experts, columns):
-        variant = narrow_variant(operands, scale_type)
+    if mean <= _some(few):
+        variant = warp_variant(few, scale_type, columns)
+    elif mean <= 56 and _suits_narrow(few):
+        variant = narrow_variant(few, scale_type, _narrow_tiles(few, num_experts, columns))
     else:
-        variant = wide_variant(operands, scale_type)
+        variant = wide_variant(operands_of(stored, few=False, x_scale=x_scale), scale_type)
     return with_groups(variant, scale_type) if x_scale == "group" else variant
 
 
-def operands_of(stored: Storage, *, by_warp: bool, x_scale: str) -> Storage:
+def operands_of(stored: Storage, *, few: bool, x_scale: str) -> Storage:
     """As what many tokens multiply weights: `Storage.many`, if there is that.
 
-    But scales that join weights leave none that those of activations could join. For single warps
+    few: whether tiles are of few tokens
+    x_scale: as `choose_wide` has it
+
+    But scales that join weights leave none that those of activations could join. Of few tokens
     groups of 128 are scaled sooner as sums, which are few (H200: 10 %); and codes of 8 bits cost
-    them less to decode than rows to bring to fp16 between the GEMMs (H200: 2 to 4 %).
+    less to decode than rows to bring to fp16 between the GEMMs (H200: 2 to 4 %).
     """
     if stored.many is None:
         return stored
     if stored.folds:
-        own = x_scale == "group" or (by_warp and stored.group == 128)
+        own = x_scale == "group" or (few and stored.group == 128)
     else:
-        own = by_warp and x_scale == "none"
+        own = few and x_scale == "none"
     return stored if own else stored.many
 
 
@@ -221,17 +228,25 @@ def _is_much(pairs: int, num_experts: int, columns: tuple[int, int]) -> bool:
     return pieces >= _WANTED_PROGRAMS and active * 3 * hidden * inter >= 1 << 30
 
 
-def _tokens_by_warp(stored: Storage, mean: float) -> int:
-    """Of a tile of single warps, 0 for whole warpgroups.
+def _some(stored: Storage) -> float:
+    """The most pairs per expert of single warps; none where nothing is decoded.
 
-    The latter where nothing is decoded. Where sums change units twice in a chunk they are late to
-    win; and where they do at all, two sets of sums for 64 tokens are too many registers.
+    Sums that are scaled group after group cost warpgroups more, which keep them in units.
     """
     if stored.code.bits == 16:
         return 0
-    if stored.scales_sums:
-        return 32 if mean <= (44 if stored.scale == "group" and stored.group == 32 else 24) else 0
-    return 32 if mean <= 24 else 64 if mean <= 32 else 0
+    if stored.scale != "group":
+        return 18
+    return 22 if stored.group != 32 else 44
+
+
+def _suits_narrow(stored: Storage) -> bool:
+    """Whether half of the operands are decoded while others are multiplied.
+
+    Not where nothing is decoded; nor where sums change units twice in a chunk, since ptxas then
+    lets all products wait for each other.
+    """
+    return stored.code.bits < 16 and not (stored.scale == "group" and stored.group == 32)
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
@@ -244,14 +259,20 @@ def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     return most if most.slots >= 3 else _fitted(replace(most, block=128), scale_type)
 
 
-def narrow_variant(stored: Storage, scale_type: str) -> WideVariant:
-    """Half as many tokens by twice as many rows, of which each warpgroup has as many sums: half as
-    many activations are read."""
-    return _fitted(WideVariant(stored, 64, 2, tiles=8), scale_type)
+def narrow_variant(stored: Storage, scale_type: str, tiles: int = 8) -> WideVariant:
+    """Fewer tokens, of which there are sums of more rows: fewer activations are read."""
+    return _fitted(WideVariant(stored, 64, 2, tiles=tiles), scale_type)
+
+
+def _narrow_tiles(stored: Storage, num_experts: int, columns: tuple[int, int]) -> int:
+    """8 for codes of 4 bits, if pieces are enough for every multiprocessor, else 4."""
+    hidden, inter = columns
+    pieces = num_experts * min(hidden // 64, inter // 32) // 8
+    return 8 if stored.code.bits == 4 and pieces >= _WANTED_PROGRAMS else 4
 
 
 def warp_variant(
-    stored: Storage, scale_type: str, columns: tuple[int, int] = (256, 256), block: int = 32
+    stored: Storage, scale_type: str, columns: tuple[int, int] = (256, 256)
 ) -> WideVariant:
     """Stages of 8 KiB of codes per row tile, or of half, if much of a last one would be nothing.
 
@@ -260,10 +281,10 @@ def warp_variant(
     """
     stage, programs = 16 // stored.code.bits, 1
     if _ends_short(stored, columns):
-        stage, programs = stage // 2, 1 if stored.scales_sums or block > 32 else 2
+        stage, programs = stage // 2, 1 if stored.scales_sums else 2
     # A group's products are added up within a stage.
     stage = max(stage, stored.group // 64, 1)
-    return _fitted(WideVariant(stored, block, stage, by_warp=True, programs=programs), scale_type)
+    return _fitted(WideVariant(stored, 32, stage, by_warp=True, programs=programs), scale_type)
 
 
 def _ends_short(stored: Storage, columns: tuple[int, int]) -> bool:
@@ -279,13 +300,6 @@ def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
     """
     stage, block = max(variant.stage, 2), min(variant.block, 128)
     return _fitted(replace(variant, stage=stage, block=block, grouped=True, programs=1), scale_type)
-
-
-def _suits_narrow(stored: Storage, num_experts: int, columns: tuple[int, int]) -> bool:
-    """Whether pieces of 8 row tiles of 4 bits are enough for every multiprocessor."""
-    hidden, inter = columns
-    pieces = num_experts * min(hidden // 64, inter // 32) // 8
-    return stored.code.bits == 4 and not stored.scales_sums and pieces >= _WANTED_PROGRAMS
 
 
 def _fitted(variant: WideVariant, scale_type: str) -> WideVariant:
