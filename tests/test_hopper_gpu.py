@@ -26,7 +26,7 @@ from ties import assert_matches_but_for_ties
 import moelten
 from moelten import SwiGLU, reference
 from moelten.formats import BF16, FP16, MXFP4, Float, Scheme, scheme
-from moelten.kernels.hopper_codes import storage
+from moelten.kernels.hopper_codes import Storage, storage
 from moelten.kernels.hopper_schedule import block_of, choose_wide, make_variant
 from moelten.routing import Routing
 from moelten.weights import ExpertWeights
@@ -188,9 +188,9 @@ def test_every_number_of_tokens(name, shape):
     wanted, known = reference.moe(x, weights, routing), {}
     for tokens in range(1, 513):
         out = moelten.fused_moe(x[:tokens], packed, first_rows(routing, tokens))
-        before = known.get(splits := splits_of(packed, tokens * top_k), out[:0])
+        before = known.get(way := way_of(packed, tokens * top_k), out[:0])
         assert torch.equal(out[: len(before)], before), tokens
-        known[splits] = out
+        known[way] = out
         if isinstance(which.activations, Float):
             assert_matches(out, wanted[:tokens])
     for out in known.values():
@@ -200,20 +200,23 @@ def test_every_number_of_tokens(name, shape):
     assert len(known) > 1 or shape == "many experts"
 
 
-def splits_of(packed, pairs: int) -> int:
-    """Into how many parts GEMM2 cuts its K; 0 and -1 for the kernels for many and some tokens."""
-    spec = packed.spec
-    stored = storage(spec.scheme.weights, "fp16" if spec.scheme.activations == FP16 else "bf16")
+def way_of(packed, pairs: int) -> int | tuple[bool, Storage]:
+    """What the bits of a token depend on: into how many parts GEMM2 cuts its K; for many tokens
+    whether single warps multiply, and as what weights are multiplied."""
+    spec, fmt = packed.spec, packed.spec.scheme.activations
+    stored = storage(spec.scheme.weights, "fp16" if fmt == FP16 else "bf16")
     rows, columns = spec.hidden_size, spec.intermediate_size
-    wide = choose_wide(stored, "bfloat16", pairs, spec.num_experts, (rows, columns))
-    if wide:
-        return -1 if wide.by_warp else 0
+    sizes = pairs, spec.num_experts, (rows, columns)
+    x_scale = "none" if isinstance(fmt, Float) else "group" if fmt.blocks[1] else "row"
+    if wide := choose_wide(stored, "bfloat16", *sizes, x_scale=x_scale):
+        return wide.by_warp, wide.weights
     sizes = block_of(pairs, spec.num_experts), pairs, spec.num_experts
     return make_variant(stored, *sizes, -(-rows // 64), columns, may_split=True).splits
 
 
 def test_a_token_does_not_depend_on_the_others():
-    """Bits depend on the kernel and the splits of K, and those only on the number of pairs.
+    """Bits depend on the kernel, the operands and the splits of K, and those only on the number of
+    pairs.
 
     Neither the width of a tile nor a token's place in it matters.
     """
@@ -221,11 +224,13 @@ def test_a_token_does_not_depend_on_the_others():
     packed = moelten.pack(weights, backend="hopper")
     x, routing = make_call(300, 8, 1024, 2)
     order = torch.randperm(300, device="cuda")
-    assert splits_of(packed, 260) == splits_of(packed, 600) == 0
-    assert splits_of(packed, 42) == splits_of(packed, 250) == -1 and splits_of(packed, 40) > 0
+    stored = storage(packed.spec.scheme.weights, "bf16")
+    assert way_of(packed, 146) == way_of(packed, 600) == (False, stored)
+    assert way_of(packed, 42) == way_of(packed, 144) == (True, stored)
+    assert way_of(packed, 40) in range(1, 9)
     for most, parts in (
-        (300, (order, order[:210], order[:130])),
-        (45, (order[:21] % 45, order[:45] % 45, order[:90] % 45, order[:125] % 45)),
+        (300, (order, order[:210], order[:130], order[:73])),
+        (45, (order[:21] % 45, order[:45] % 45, order[:60] % 45, order[:72] % 45)),
         (20, (order[:20] % 20,)),
     ):
         whole = moelten.fused_moe(x[:most], packed, first_rows(routing, most))
