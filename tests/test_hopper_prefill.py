@@ -329,5 +329,5 @@ def test_slots_fit(name):
     if fmt.bits < 16:
         assert warp_variant(*sizes).slots >= 3
         assert short_variant(*sizes).slots >= 3
-    if stored.code.bits == 4:
-        assert narrow_variant(*sizes).slots >= 3
+        assert slim_variant(*sizes).slots >= 3
+        assert stored.code.bits != 4 or narrow_variant(*sizes).slots >= 3
