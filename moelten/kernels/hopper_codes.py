@@ -372,6 +372,11 @@ class Storage:
         return self.scale in ("group", "block")
 
     @property
+    def scales_twice(self) -> bool:
+        """Whether they do so twice in a chunk of 64 columns."""
+        return self.scales_sums and self.group == 32
+
+    @property
     def in_units(self) -> bool:
         """Whether sums may be kept in units of the scale at hand.
 

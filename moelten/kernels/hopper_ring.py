@@ -108,7 +108,7 @@ class Problem(Gemm):
     @property
     def groups(self) -> int:
         """Groups of columns, with scales that multiply sums, of a stage."""
-        return 2 if self.scaled and self.weights.group == 32 else 1
+        return 2 if self.weights.scales_twice else 1
 
     @property
     def served(self) -> int:
@@ -277,7 +277,8 @@ def _wait_for_rows(turn, counter, awaited, P: gl.constexpr):
 
 @gluon.jit
 def _expect(bar, count):
-    """Arrive at a barrier, by one lane, for so many bytes."""
+    """Arrive at a barrier, by one lane, for so many bytes: Gluon would have to know how many when
+    it compiles, and so compile a loop for each number of units."""
     gl.inline_asm_elementwise(
         _EXPECT, "=r,r,r", [bar, count], dtype=gl.int32, is_pure=False, pack=1
     )

@@ -224,8 +224,14 @@ def _is_much(pairs: int, num_experts: int, columns: tuple[int, int]) -> bool:
     Below that planning and gathering costs more than single warps save (H200).
     """
     active, (hidden, inter) = _active(pairs, num_experts), columns
-    pieces = active * min(hidden // 64, inter // 32) / 4
+    pieces = active * _least_row_tiles(columns) / 4
     return pieces >= _WANTED_PROGRAMS and active * 3 * hidden * inter >= 1 << 30
+
+
+def _least_row_tiles(columns: tuple[int, int]) -> int:
+    """Whole ones of w2, or of w13 with a gate, whichever has fewer."""
+    hidden, inter = columns
+    return min(hidden // 64, inter // 32)
 
 
 def _some(stored: Storage) -> float:
@@ -235,18 +241,18 @@ def _some(stored: Storage) -> float:
     """
     if stored.code.bits == 16:
         return 0
-    if stored.scale != "group":
-        return 18
-    return 22 if stored.group != 32 else 44
+    if stored.scales_twice:
+        return 44
+    return 22 if stored.scale == "group" else 18
 
 
 def _suits_narrow(stored: Storage) -> bool:
-    """Whether half of the operands are decoded while others are multiplied.
+    """Whether some operands are decoded while others are multiplied.
 
     Not where nothing is decoded; nor where sums change units twice in a chunk, since ptxas then
     lets all products wait for each other.
     """
-    return stored.code.bits < 16 and not (stored.scale == "group" and stored.group == 32)
+    return stored.code.bits < 16 and not stored.scales_twice
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
@@ -266,8 +272,7 @@ def narrow_variant(stored: Storage, scale_type: str, tiles: int = 8) -> WideVari
 
 def _narrow_tiles(stored: Storage, num_experts: int, columns: tuple[int, int]) -> int:
     """8 for codes of 4 bits, if pieces are enough for every multiprocessor, else 4."""
-    hidden, inter = columns
-    pieces = num_experts * min(hidden // 64, inter // 32) // 8
+    pieces = num_experts * _least_row_tiles(columns) // 8
     return 8 if stored.code.bits == 4 and pieces >= _WANTED_PROGRAMS else 4
 
 
@@ -355,12 +360,11 @@ def _registers(stored: Storage, block: int, grouped: bool) -> int:
         much = block > 8 or (stored.scale == "group" and stored.code.bits == 8)
         return _registers(stored, block, False) + (24 if much else 16)
     # Groups of 32 have two products per chunk, each with sums of its own.
-    two_products = stored.scale == "group" and stored.group == 32
     if block == 8:
-        if stored.code.bits == 16 or (two_products and stored.zeros is not None):
+        if stored.code.bits == 16 or (stored.scales_twice and stored.zeros is not None):
             return 128
-        if two_products or stored.zeros:
+        if stored.scales_twice or stored.zeros:
             return 96
         return 72 if stored.scale == "fold" and stored.code.bits == 4 else 80
     # More tokens only meet codes of 8 bits and more (`_few`).
-    return 168 if two_products else 128
+    return 168 if stored.scales_twice else 128
