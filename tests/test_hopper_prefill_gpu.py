@@ -104,9 +104,19 @@ def test_every_scheme_by_warps(always_warps, name):
         check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 
+@pytest.mark.parametrize(
+    "name", ["mxfp4_bf16", "nvfp4_bf16", "int4g32_bf16", "fp8_bf16", "int8_int8"]
+)
+def test_short_stages_by_warps(always_warps, name):
+    """Columns whose last stage is mostly nothing."""
+    case = Case(scheme(name), num_experts=3, hidden_size=576, intermediate_size=288)
+    for tokens in (9, 70):
+        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+
+
 FEW = (1, 20, 50, 90, 130, 190, 300, 420, 560)
 NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4g128z_bf16", "int4g32_fp16"]
-NARROW += ["mxfp4_fp8", "int4g128_fp8g128"]
+NARROW += ["int4z_bf16", "mxfp4_fp8", "int4g128_fp8g128"]
 SLIM = ["mxfp4_bf16", "int4g128z_bf16", "fp8block_bf16", "fp8_fp8", "int8_int8", "fp8block_fp8"]
 
 
