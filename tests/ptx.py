@@ -1,7 +1,7 @@
-"""An interpreter for the straight-line PTX of the Hopper codes, on int64 tensors of 32-bit words.
+"""An interpreter for straight-line PTX of the Hopper kernels, on int64 tensors of 32-bit words.
 
-It knows the instructions that the codes use and refuses all others. Arithmetic follows the PTX ISA:
-operands and results in their own type, one rounding to nearest even, subnormals kept.
+It knows the instructions that codes and sums use and refuses all others. Arithmetic follows the PTX
+ISA: operands and results in their own type, one rounding to nearest even, subnormals kept.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def _step(statement: str, state: dict[str, Tensor]) -> None:
 
 
 def _value(name: str, state: dict[str, Tensor]) -> Tensor:
-    return state[name] if name in state else torch.tensor(int(name, 0))
+    if name in state:
+        return state[name]
+    return torch.tensor(int(name[2:], 16) if name.startswith("0f") else int(name, 0))
 
 
 def _evaluate(op: str, a: list[Tensor]) -> Tensor:
@@ -106,6 +108,10 @@ def _evaluate(op: str, a: list[Tensor]) -> Tensor:
         return (a[1] << 32 | a[0]) >> (a[2] & 31) & MASK if int(a[2]) else a[0]
     if op == "lop3.b32":
         return _lop3(*a[:3], int(a[3]))
+    if op in ("mul.lo.u32", "mad.lo.s32"):
+        return (a[0] * a[1] + (a[2] if len(a) > 2 else 0)) & MASK
+    if op in ("abs.f32", "mul.f32", "max.NaN.f32"):
+        return _fp32(op, [x.int().view(torch.float32) for x in a])
     if op == "cvt.rn.f16x2.e4m3x2":
         halves = (encode_float(decode_e4m3(a[0] >> 8 * i & 0xFF), "f16") for i in (0, 1))
         return sum(half << 16 * i for i, half in enumerate(halves))
@@ -123,6 +129,11 @@ def _evaluate(op: str, a: list[Tensor]) -> Tensor:
         halves = [decode_float(x >> shift & 0xFFFF, kind) for x in a]
         word = word | encode_float(operation(*halves), kind) << shift
     return word
+
+
+def _fp32(op: str, a: list[Tensor]) -> Tensor:
+    operation = {"abs.f32": torch.abs, "mul.f32": torch.mul, "max.NaN.f32": torch.maximum}[op]
+    return operation(*a).view(torch.int32).long() & MASK
 
 
 def _lop3(a: Tensor, b: Tensor, c: Tensor, table: int) -> Tensor:

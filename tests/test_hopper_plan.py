@@ -14,10 +14,11 @@ if not INTERPRET and torch.cuda.get_device_capability()[0] != 9:
     pytest.skip("runs on a Hopper GPU or through the interpreter", allow_module_level=True)
 
 from moelten.formats import BF16, FP8_GROUP, FP8_ROW, INT8_GROUP, INT8_ROW
-from moelten.kernels import hopper_plan, hopper_rows, triton_ops
+from moelten.kernels import hopper_plan, hopper_rows, hopper_sums, triton_ops
 from moelten.kernels.arena import heap
 from moelten.kernels.triton_plan import empty_plan
 from moelten.qtensor import decode_codes, quantize
+from tests import ptx
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 POISON = -12345
@@ -254,22 +255,42 @@ def test_quantize_by_pair():
 
 
 def in_order_of_sums(y: torch.Tensor) -> torch.Tensor:
-    """fp32 [.., N] as bytes: of each 256 the first 16 bits, then 8 more; behind the last is poison.
+    """fp32 [.., N] as bytes, four numbers in eight; behind the last are zeros.
 
     A warp w has rows 16 w .. of each of two bands b of 128, and a lane rows g and g + 8 of those.
     """
     places = [128 * b + 16 * w + 8 * h + g for w in range(8) for g in range(8)
               for h in range(2) for b in range(2)]  # fmt: skip
     blocks = -(-y.shape[-1] // 256)
-    out = y.new_full((*y.shape[:-1], 256 * blocks), torch.nan)
-    out[..., : y.shape[-1]] = y
-    words = out.unflatten(-1, (blocks, 256))[..., places].contiguous().unsqueeze(-1)
-    halves = words.view(torch.uint8)  # little-endian
-    return torch.cat((halves[..., 2:].flatten(-2), halves[..., 1]), -1).flatten(-2)
+    out = torch.nn.functional.pad(y, (0, -y.shape[-1] % 256))
+    fours = out.unflatten(-1, (blocks, 256))[..., places].unflatten(-1, (64, 4))
+    return shortened(fours).view(torch.uint8).flatten(-3)
 
 
-def in_24_bits(y: torch.Tensor) -> torch.Tensor:
-    return (y.view(torch.int32) & -256).view(torch.float32)
+def shortened(fours: torch.Tensor) -> torch.Tensor:
+    """fp32 [.., 4] as int16 [.., 4]: fp16 times a power of two, and two bits of that power each."""
+    most = fours.abs().amax(-1, keepdim=True) * (1 + 2**-11)
+    e = most.view(torch.int32) >> 23
+    halves = (fours * (246 - e << 23).view(torch.float32)).half().view(torch.int16).int()
+    power = torch.stack([e >> shift & 3 for shift in (0, 2, 4, 6)], -1).squeeze(-2)
+    return (halves | power << 13).to(torch.int16)
+
+
+def lengthened(words: torch.Tensor) -> torch.Tensor:
+    """What `shortened` made, as fp32; all four are NaN where one was too large for that."""
+    words = words.int()
+    power = words >> 13 & 3
+    e = sum(power[..., i : i + 1] << 2 * i for i in range(4))
+    halves = (words & ~0x6000).to(torch.int16).view(torch.float16).float()
+    return torch.where(e > 245, torch.nan, halves * (e + 8 << 23).view(torch.float32))
+
+
+def as_brought(y: torch.Tensor) -> torch.Tensor:
+    """fp32 [R, N] as the sum over slots has it: what shares a power stands g, 8 and 128 apart."""
+    padded = torch.nn.functional.pad(y, (0, -y.shape[1] % 256)).unflatten(1, (-1, 2, 8, 2, 8))
+    fours = padded.permute(0, 1, 3, 5, 4, 2)  # [R, blocks, 8 w, 8 g, 2 h, 2 b]
+    fours = lengthened(shortened(fours.flatten(-2))).unflatten(-1, (2, 2))
+    return fours.permute(0, 1, 5, 2, 4, 3).flatten(1)[:, : y.shape[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -282,7 +303,7 @@ def test_combine_by_position(dtype):
     wanted = torch.zeros(7, 1032)
     for slot in range(3):
         at = inverse.view(7, 3)[:, slot]
-        row = torch.where(at[:, None] >= 0, in_24_bits(y[0, at]), 0)
+        row = torch.where(at[:, None] >= 0, as_brought(y[0, at]), 0)
         wanted += row * router[:, slot, None]
     out = torch.empty(7, 1032, dtype=dtype, device=DEVICE)
     where, weights = inverse.int().to(DEVICE), router.to(DEVICE)
@@ -296,6 +317,28 @@ def test_combine_by_position(dtype):
         where = torch.tensor(order, dtype=torch.int32, device=DEVICE)
         hopper_plan.combine(big.to(DEVICE), ids[:1].to(DEVICE), 4, 0, out, inverse=where)
         assert (out == sum_).all()
+
+
+def test_sums_in_16_bits():
+    """The instructions that shorten sums, and what becomes of numbers of all sizes."""
+    g = torch.Generator().manual_seed(7)
+    fours = torch.randn(4096, 4, generator=g) * torch.exp2(torch.randn(4096, 4, generator=g) * 3)
+    fours *= torch.exp2(torch.randint(-120, 110, (4096, 1), generator=g).float())
+    edge = torch.tensor([0.0, 1.0, 2 - 2**-12, 2 - 2**-13, -2.0, 2.0**-126, 2.0**-140, 3e35])
+    fours = torch.cat([fours, torch.cartesian_prod(edge, edge, edge, edge)])
+    inputs = {f"${2 + i}": x.view(torch.int32).long() & ptx.MASK for i, x in enumerate(fours.T)}
+    words = torch.stack(ptx.run(hopper_sums._SHORTEN.value, inputs, 2), -1)
+    found = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-2).to(torch.int16)
+    assert torch.equal(found, shortened(fours))
+    most = fours.abs().amax(-1, keepdim=True).double()
+    error = (lengthened(found).double() - fours.double()).abs()
+    bound = torch.maximum(fours.abs().double() * 2**-11, most * 2**-17)
+    assert (error <= bound + 2.0**-144).all()  # half of fp16's least, times the least power
+    for large in (1e36, 3e38, torch.inf, torch.nan):
+        inputs["$4"] = torch.full_like(fours[:, 0], large).view(torch.int32).long() & ptx.MASK
+        words = torch.stack(ptx.run(hopper_sums._SHORTEN.value, inputs, 2), -1)
+        found = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-2).to(torch.int16)
+        assert lengthened(found).isnan().all()
 
 
 def test_combine_by_pair():

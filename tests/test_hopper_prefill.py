@@ -158,11 +158,11 @@ def test_machine_code(name, halves, choose, x_scale, more):
         assert len(waits) <= 5 and len(waits) < len(products)
         # Warpgroups do not wait for each other.
         assert "BAR" not in [name for line in body if "SYNC" in line for name in operations([line])]
-    # Both run the same loops: one for every 16 tokens, of large tiles from 64 on, and one of half a
-    # piece, if any.
+    # Both run the same loops: one for every 8 tokens from 24 on, of large tiles for every 16 from
+    # 64 on, and one of half a piece, if any.
     most = max(count for _, count in found)
     rests = [(block, most // 2)] if halves == 1 else []
-    widths = range(16 if block == 64 else 64, block + 1, 16)
+    widths = range(24, block + 1, 8) if block == 64 else range(64, block + 1, 16)
     assert sorted(found) == sorted(rests + [(n, most) for n in widths])
 
 
@@ -176,9 +176,8 @@ def check_stores(listing: list[str], block: int) -> None:
     """GEMM2's sums leave as they lie in registers, while no warp waits for another."""
     behind = listing[max(i for i, line in enumerate(listing) if "HGMMA" in line) :]
     stores = [line for line in behind if "STG" in line]
-    # Of four numbers, the first halves and then a byte each.
-    assert len(stores) == block // 2
-    assert len([line for line in stores if "STG.E.64" in line]) == block // 4
+    assert len(stores) == block // 4  # of four numbers each, with half their bytes
+    assert all("STG.E.64" in line for line in stores)
     assert not [line for line in behind if "BAR.SYNC" in line and "0x100" in line]
 
 

@@ -94,9 +94,10 @@ def _add_chunk(
 @gluon.jit
 def warp_sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
-    UNITS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+    N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [128, 8] of a piece's first bands, band after band, of so many times 8 tokens."""
+    """Sums [128, 8] of a piece's first bands, band after band, of so many tokens."""
+    UNITS: gl.constexpr = N // 8
     STAGE: gl.constexpr = P.variant.stage
     OPERAND: gl.constexpr = P.operand
     zero = find_zeros(zero_ptr, expert, row_tile, P)

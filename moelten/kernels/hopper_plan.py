@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from moelten.kernels.hopper_sums import in_columns, load_sums
 from moelten.kernels.launches import launch
 from moelten.kernels.triton_casts import round_to
 from moelten.kernels.triton_plan import (
@@ -111,68 +112,49 @@ def combine(
     """out[t] = sum over slots, then splits, of the valid rows of y [splits, T*k, H], in order.
 
     inverse: int32 [T*k], where the row of each pair is, -1 for pairs that are not valid, so that
-             ids are not read; then y is uint8 [1, T*k, `slot_bytes`], in the order of sums; by
-             default it is fp32, rows by pair, columns as those of out
+             ids are not read; then y is uint8 [1, T*k, `slot_bytes`] (`hopper_sums`); by default it
+             is fp32, rows by pair, columns as those of out
     router:  [T, k] weights of the rows
-
-    The order of sums is that of registers in a product of 256 rows, of which a lane's stand
-    together: column 32 w + 4 g + 2 h + b of 256 is 128 b + 16 w + 8 h + g of the result, for 8 w,
-    8 g, 2 h and 2 b. Of each number there are the first 24 bits, in 768 bytes 16 of each and then 8
-    of each: memory takes a quarter less time for them, and what is missing is less than 2**-15 of a
-    number, a 64th of what rounding to bf16 leaves out.
     """
     tokens, top_k = ids.shape
     width = out.shape[1]
-    row = y.shape[2] if inverse is None else y.shape[2] // 3
-    block = min(triton.next_power_of_2(row), 512)
+    columns = y.shape[2] if inverse is None else y.shape[2] // 2
+    block = min(triton.next_power_of_2(columns), 512 if inverse is None else 1024)
     launch(
         combine_kernel, (tokens, triton.cdiv(width, block)),
         y, ids.contiguous(), inverse, None if router is None else router.contiguous(), out,
-        num_experts, first_expert, width, row, y.stride(0),
+        num_experts, first_expert, width, columns, y.stride(0),
         TOP_K=top_k, SPLITS=y.shape[0], BLOCK=block, launch_pdl=True,
     )  # fmt: skip
 
 
-@triton.jit
-def _in_24_bits(y_ptr, start, column, mask):
-    """Columns of a row of so many columns, which begins at `start`, in the order of sums."""
-    at = y_ptr + start * 3 + column // 256 * 768
-    high = tl.load(at.to(tl.pointer_type(tl.uint16)) + column % 256, mask=mask, other=0)
-    low = tl.load(at + 512 + column % 256, mask=mask, other=0)
-    return (high.to(tl.uint32) << 16 | low.to(tl.uint32) << 8).to(tl.float32, bitcast=True)
-
-
 @triton.jit(do_not_specialize=["first_expert", "split_stride"])
 def combine_kernel(
-    y_ptr, ids_ptr, inverse_ptr, router_ptr, out_ptr, num_experts, first_expert, width, y_width,
+    y_ptr, ids_ptr, inverse_ptr, router_ptr, out_ptr, num_experts, first_expert, width, columns,
     split_stride,
     TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < y_width
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     gdc_wait()
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         if inverse_ptr is not None:
             row = tl.load(inverse_ptr + pair).to(tl.int64)
-            valid = row >= 0
+            brought = load_sums(y_ptr, row, first, row >= 0, columns, BLOCK)
         else:
-            row = pair
             local = tl.load(ids_ptr + pair).to(tl.int64) - first_expert
-            valid = (local >= 0) & (local < num_experts)
-        brought = tl.zeros((BLOCK,), tl.float32)
-        for split in tl.static_range(SPLITS):
-            start = split * split_stride + row * y_width
-            if inverse_ptr is not None:
-                brought += _in_24_bits(y_ptr, start, column, inside & valid)
-            else:
-                brought += tl.load(y_ptr + start + column, mask=inside & valid, other=0.0)
+            inside = (column < columns) & (local >= 0) & (local < num_experts)
+            brought = tl.zeros((BLOCK,), tl.float32)
+            for split in tl.static_range(SPLITS):
+                at = split * split_stride + pair * columns + column
+                brought += tl.load(y_ptr + at, mask=inside, other=0.0)
         if router_ptr is not None:
             brought *= tl.load(router_ptr + pair).to(tl.float32)
         total += brought
     if inverse_ptr is not None:
-        total = total.reshape([BLOCK // 256, 8, 8, 2, 2]).permute(0, 4, 1, 3, 2).reshape([BLOCK])
+        total = in_columns(total, BLOCK)
     total = round_to(total, out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * width + column, total, mask=column < width)

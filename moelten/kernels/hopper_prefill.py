@@ -41,15 +41,16 @@ def _opaque(number):
 @gluon.jit
 def _sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
-    UNITS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+    N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """A piece of work of so many units and bands: a block's sums of each band there may be."""
+    """A piece of work of so many tokens and bands: a block's sums of each band there may be."""
     SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
-    acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, UNITS, BANDS, P)
+    acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
     ALL: gl.constexpr = P.variant.bands
     MOST: gl.constexpr = P.most
     UNIT: gl.constexpr = P.variant.unit
     LAYOUT: gl.constexpr = acc[0].type.layout
+    UNITS: gl.constexpr = len(acc) // BANDS
     none = no_sums(MOST - UNITS, UNIT, LAYOUT)
     out = ()
     for b in gl.static_range(BANDS):
@@ -59,17 +60,18 @@ def _sums(
 
 @gluon.jit
 def _sums_of(
-    ring, turn, zero_ptr, expert, row_tile, steps, units, LEAST: gl.constexpr, P: gl.constexpr
+    ring, turn, zero_ptr, expert, row_tile, steps, tokens, i: gl.constexpr, P: gl.constexpr
 ):
-    """`_sums` of all bands and of a number of units, from `LEAST` on, known at run time only."""
+    """`_sums` of all bands and of a number of tokens, the i-th one or more, known at run time."""
     BANDS: gl.constexpr = P.variant.bands
-    if LEAST == P.most:
-        return _sums(ring, turn, zero_ptr, expert, row_tile, steps, LEAST, BANDS, P)
+    N: gl.constexpr = P.widths[i]
+    if i + 1 == len(P.widths):
+        return _sums(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
     else:
-        if units <= LEAST:
-            acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, LEAST, BANDS, P)
+        if tokens <= N:
+            acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
         else:
-            acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, LEAST + 1, P)
+            acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, tokens, i + 1, P)
         return acc, turn
 
 
@@ -79,16 +81,15 @@ def _multiply_piece(
 ):
     """A piece of work: sums, and what follows them."""
     BANDS: gl.constexpr = P.variant.bands
-    UNIT: gl.constexpr = P.variant.unit
-    MOST: gl.constexpr = P.most
-    units = (stop - first + UNIT - 1) // UNIT
+    BLOCK: gl.constexpr = P.variant.block
+    tokens = stop - first
     steps = _opaque(steps)
     announce(epilogue, expert.to(gl.int64), row_tile, P)
     if P.uneven and row_tile + BANDS >= P.row_tiles:
-        # Half the bands of the last piece, for which one number of units does.
-        acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, MOST, BANDS // 2, P)
+        # Half the bands of the last piece, for which one number of tokens does.
+        acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, BLOCK, BANDS // 2, P)
     else:
-        acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, units, P.least, P)
+        acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, tokens, 0, P)
     first, expert = _opaque(first), _opaque(expert).to(gl.int64)
     finish_piece(acc, epilogue, expert, first, stop, row_tile, P)
     return turn

@@ -23,14 +23,15 @@ _LOW, _HIGH = gl.constexpr(1 << 16), 64 | 1 << 30
 
 
 @gluon.constexpr_function
-def _ptx(count, places, operand):
+def _ptx(count, tokens, places, operand):
     """Two steps of 16 columns for each of some places, in flight, for `count` tensors of sums.
 
     Those are the first operands, and come in behind themselves; then the left operand of each
-    place, and the low word of the right one's descriptor, to which places are added.
+    place, and the low word of the right one's descriptor, to which places are added. Half the last
+    tensor may be no tokens.
     """
     kind = "bf16" if operand == gl.bfloat16 else "f16"
-    sums = ", ".join(f"${i}" for i in range(count * _REGISTERS))
+    sums = ", ".join(f"${i}" for i in range(tokens // 2))
     left = 2 * count * _REGISTERS
     lines = [
         "{.reg .b64 right; .reg .b32 low, high;",
@@ -45,7 +46,7 @@ def _ptx(count, places, operand):
             lines += [
                 f"add.u32 low, ${left + len(places) * _REGISTERS}, {(place >> 4) + 2 * step};",
                 "mov.b64 right, {low, high};",
-                f"wgmma.mma_async.sync.aligned.m64n{16 * count}k16.f32.{kind}.{kind}",
+                f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind}",
                 f"{{{sums}}}, {{{own}}}, right, 1, 1, 1, 0;",
             ]
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;}"])
@@ -63,8 +64,8 @@ def _types(count):
 
 
 @gluon.jit
-def multiply(acc, left, x, PLACES: gl.constexpr, OPERAND: gl.constexpr):
-    """Sums [128, 16] of several times 16 tokens + some halves of a band's chunks @ x: in flight.
+def multiply(acc, left, x, N: gl.constexpr, PLACES: gl.constexpr, OPERAND: gl.constexpr):
+    """Sums [128, 16] of N tokens, a multiple of 8, + some halves of a band's chunks @ x: in flight.
 
     left:   of each half the registers of its 32 columns (`hopper_fragments`), uint32 [128, 16] in
             the layout of sums
@@ -72,7 +73,7 @@ def multiply(acc, left, x, PLACES: gl.constexpr, OPERAND: gl.constexpr):
     PLACES: how far behind that those of each half do
     """
     COUNT: gl.constexpr = len(acc)
-    PTX: gl.constexpr = _ptx(COUNT, PLACES, OPERAND)
+    PTX: gl.constexpr = _ptx(COUNT, N, PLACES, OPERAND)
     CONSTRAINTS: gl.constexpr = _constraints(COUNT, PLACES)
     TYPES: gl.constexpr = _types(COUNT)
     low = (x & 0x3FFFF) >> 4 | _LOW

@@ -1,8 +1,8 @@
 """What follows the sums of a piece of work in the Hopper GEMM for many tokens per expert, in Gluon.
 
 Scales of rows and tokens, bias and activation, as everywhere (`hopper_epilogue`), and rows of the
-result: GEMM1's in the order of operands, for the next GEMM, GEMM2's in the order of sums, for their
-sum over slots. 32 tokens at a time, for which little shared memory and few registers do.
+result: GEMM1's in the order of operands, for the next GEMM, GEMM2's for the sum over slots
+(`hopper_sums`). 32 tokens at a time, for which little shared memory and few registers do.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_epilogue import finish, over_rows, over_tokens, token_scales
+from moelten.kernels.hopper_sums import store_sums
 
 
 @gluon.jit
@@ -31,44 +32,6 @@ def _store_ordered(y, out_ptr, first, stop, n0, P: gl.constexpr):
     n = n0 + gl.arange(0, OUTPUTS, gl.SliceLayout(0, L))
     at = out_ptr + position.to(gl.int64)[:, None] * WIDTH + n[None, :]
     gl.store(at, y, mask=(position < stop)[:, None] & (n < WIDTH)[None, :])
-
-
-@gluon.jit
-def _by_token(y):
-    """[128, 32] as [32, 8 warps, 8 g, 2], rows of a warp g and g + 8."""
-    return y.reshape([8, 2, 8, 32]).permute((3, 0, 2, 1))
-
-
-@gluon.constexpr_function
-def _sums_layout():
-    """32 tokens of two bands' sums, [32, 256], in the order of sums."""
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [1, 0], [8, 0], [16, 0]],
-        lane_bases=[[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]],
-        warp_bases=[[0, 32], [0, 64], [0, 128]],
-        block_bases=[],
-        shape=[32, 256],
-    )
-
-
-@gluon.jit
-def _store_sums(low, high, out_ptr, first, stop, n0, P: gl.constexpr):
-    """Two bands' [128, positions first ..] to memory, in the order of sums, 24 bits each
-    (`hopper_plan.combine`).
-
-    That is how they lie in registers, 4 of a token per lane and 32 per warp: nothing is exchanged,
-    and no warp waits for another one.
-    """
-    WIDTH: gl.constexpr = P.width
-    L: gl.constexpr = _sums_layout()
-    y = gl.join(_by_token(low), _by_token(high)).reshape([32, 256])
-    y = gl.convert_layout(y, L, assert_trivial=True).to(gl.uint32, bitcast=True)
-    position = first + gl.arange(0, 32, gl.SliceLayout(1, L))[:, None]
-    n = gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
-    at = out_ptr + position.to(gl.int64) * WIDTH + n0 * 3
-    inside = position < stop
-    gl.store(at.to(gl.pointer_type(gl.uint16)) + n, (y >> 16).to(gl.uint16), mask=inside)
-    gl.store(at + (512 + n), (y >> 8).to(gl.uint8), mask=inside)
 
 
 @gluon.jit
@@ -153,7 +116,7 @@ def _finish_part(
                 _store_ordered(y, out_ptr, first, stop, tile * (64 // P.halves), P)
             else:
                 z = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, s * SET + 1, i, P)
-                _store_sums(y, z, out_ptr, first, stop, tile * 64, P)
+                store_sums(y, z, out_ptr, first, stop, tile * 64, P.width)
 
 
 @gluon.jit

@@ -122,10 +122,17 @@ class Problem(Gemm):
         return self.variant.block // self.variant.unit
 
     @property
-    def least(self) -> int:
-        """Units that are always multiplied: each number of them is a loop to compile, and large
-        tiles have few tokens only where a whole expert has."""
-        return 1 if self.variant.few else 64 // self.variant.unit
+    def widths(self) -> tuple[int, ...]:
+        """Numbers of tokens that are multiplied: for each there is a loop to compile.
+
+        Large tiles have few tokens only where a whole expert has; and an instruction of a warpgroup
+        takes no less for 8 or 16 than for 24.
+        """
+        if self.variant.by_warp:
+            return tuple(range(8, self.variant.block + 1, 8))
+        if self.variant.few:
+            return tuple(range(24, self.variant.block + 1, 8))
+        return tuple(range(64, self.variant.block + 1, 16))
 
     @property
     def uneven(self) -> bool:

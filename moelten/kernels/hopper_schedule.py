@@ -109,7 +109,7 @@ class WideVariant:
 
     @property
     def unit(self) -> int:
-        """Tokens by which products grow."""
+        """Tokens of a tensor of sums, and of a copy of activations."""
         return 8 if self.by_warp else 16
 
     def steps(self, columns: int) -> int:
@@ -342,8 +342,8 @@ def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
 
 
 def slot_bytes(rows: int) -> int:
-    """Of a pair's sums for many tokens: blocks of 256, 24 bits each (`hopper_plan.combine`)."""
-    return -(-rows // 256) * 768
+    """Of a pair's sums for many tokens: blocks of 256, 16 bits each (`hopper_sums`)."""
+    return -(-rows // 256) * 512
 
 
 def split_rows(pairs: int, row_tiles: int) -> int:

@@ -1,7 +1,7 @@
 """Sums of a tile by instructions of whole warpgroups: for 20 tokens and more, in Gluon.
 
-A band's stage is multiplied while another's is decoded. Each number of tokens in steps of 16 has a
-loop of its own, as an instruction takes half a cycle for every token, from 24 on (H200).
+A band's stage is multiplied while another's is decoded. Each number of tokens, in steps of 8 or 16,
+has a loop of its own, as an instruction takes half a cycle for every token, from 24 on (H200).
 
 Scales of groups do not get sums of their own: sums are kept in units of the scale at hand, and
 brought to the next one's before its products are added. That is one multiplication per element, as
@@ -65,7 +65,9 @@ def _places(part, span, groups, block):
 
 
 @gluon.jit
-def _multiply(acc, a, x, slot, part: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr):
+def _multiply(
+    acc, a, x, slot, part: gl.constexpr, N: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr
+):
     """acc + a part of a band's stage @ x: in flight, all of it at once.
 
     What is told apart is waited for apart: with a few products at a time, layers of 16 to 48 tokens
@@ -78,7 +80,7 @@ def _multiply(acc, a, x, slot, part: gl.constexpr, SPAN: gl.constexpr, P: gl.con
     for i in gl.static_range(len(HALVES)):
         left = left + (a[HALVES[i]],)
     start = x + slot * (P.variant.stage * P.variant.block * 128)
-    return multiply(acc, left, start, PLACES, OPERAND)
+    return multiply(acc, left, start, N, PLACES, OPERAND)
 
 
 @gluon.jit
@@ -191,7 +193,7 @@ def _next_slot(ring, slot, turn, more, P: gl.constexpr):
 @gluon.jit
 def _stage(
     acc, unit, first, ring, zero, slot, turn, chunk, more,
-    BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
+    N: gl.constexpr, BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A stage, which begins with a chunk, and what of the next one is decoded before it ends.
 
@@ -211,7 +213,7 @@ def _stage(
             slot = _next_slot(ring, slot, turn, more, P)
         if AHEAD:
             loaded = _ask(ring, slot, (i + 1) % TURNS, BANDS, SPAN, P)
-        now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], before, i // BANDS, SPAN, P)
+        now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], before, i // BANDS, N, SPAN, P)
         acc = _put(acc, i % BANDS, now)
         if BANDS == 1:
             acc = _wait(acc, 0, 0, BANDS)
@@ -239,9 +241,9 @@ def _stage(
 @gluon.jit
 def warpgroup_sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
-    UNITS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+    N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [128, 16] of a piece's first bands, band after band, of so many times 16 tokens.
+    """Sums [128, 16] of a piece's first bands, band after band, of so many tokens.
 
     ring: with a number for the activations: where they begin (`hopper_products.find`)
 
@@ -259,13 +261,13 @@ def warpgroup_sums(
     acc = ()
     unit = ()
     for b in gl.static_range(BANDS):
-        acc = acc + (no_sums(UNITS, TOKENS, SUMS),)
+        acc = acc + (no_sums(-(-N // TOKENS), TOKENS, SUMS),)
         unit = unit + (_first_unit(ring, slot, b, start, P),)
     first = _decode(_ask(ring, slot, 0, BANDS, SPAN, P), zero[0], start, P)
     for step in range(steps):
         acc, unit, first, slot, turn = _stage(
             acc, unit, first, ring, zero, slot, turn, step * STAGE, step + 1 < steps,
-            BANDS, SPAN, P,
+            N, BANDS, SPAN, P,
         )  # fmt: skip
     out = ()
     for b in gl.static_range(BANDS):
@@ -285,7 +287,8 @@ def _first_unit(ring, slot, band: gl.constexpr, chunk, P: gl.constexpr):
 
 @gluon.jit
 def _complete(acc):
-    """The same sums. The compiler does not move what follows to where products are in flight."""
+    """The same sums. The compiler does not move what follows to where products are in flight, nor
+    what comes before to where they are used, for which there are no registers."""
     out = ()
     for i in gl.static_range(len(acc)):
         own = gl.inline_asm_elementwise(
@@ -298,6 +301,6 @@ def _complete(acc):
 @gluon.jit
 def _final(acc, unit, P: gl.constexpr):
     if P.scaled:
-        return _times(_complete(acc), unit)
+        return _complete(_times(_complete(acc), unit))
     else:
         return _complete(acc)
