@@ -255,42 +255,38 @@ def test_quantize_by_pair():
 
 
 def in_order_of_sums(y: torch.Tensor) -> torch.Tensor:
-    """fp32 [.., N] as bytes, four numbers in eight; behind the last are zeros.
+    """fp32 [.., N] as bytes, two numbers in four; behind the last are zeros.
 
     A warp w has rows 16 w .. of each of two bands b of 128, and a lane rows g and g + 8 of those.
     """
     places = [128 * b + 16 * w + 8 * h + g for w in range(8) for g in range(8)
-              for h in range(2) for b in range(2)]  # fmt: skip
-    blocks = -(-y.shape[-1] // 256)
-    out = torch.nn.functional.pad(y, (0, -y.shape[-1] % 256))
-    fours = out.unflatten(-1, (blocks, 256))[..., places].unflatten(-1, (64, 4))
-    return shortened(fours).view(torch.uint8).flatten(-3)
+              for b in range(2) for h in range(2)]  # fmt: skip
+    out = torch.nn.functional.pad(y, (0, -y.shape[-1] % 256)).unflatten(-1, (-1, 256))
+    return shortened(out[..., places].unflatten(-1, (-1, 2))).view(torch.uint8).flatten(-3)
 
 
-def shortened(fours: torch.Tensor) -> torch.Tensor:
-    """fp32 [.., 4] as int16 [.., 4]: fp16 times a power of two, and two bits of that power each."""
-    most = fours.abs().amax(-1, keepdim=True) * (1 + 2**-11)
+def shortened(pairs: torch.Tensor) -> torch.Tensor:
+    """fp32 [.., 2] as int16 [.., 2]: fp16 times a power of two, and four bits of it each."""
+    most = pairs.abs().amax(-1, keepdim=True) * (1 + 2**-11)
     e = most.view(torch.int32) >> 23
-    halves = (fours * (246 - e << 23).view(torch.float32)).half().view(torch.int16).int()
-    power = torch.stack([e >> shift & 3 for shift in (0, 2, 4, 6)], -1).squeeze(-2)
-    return (halves | power << 13).to(torch.int16)
+    halves = (pairs * (240 - e << 23).view(torch.float32)).half().view(torch.int16).int()
+    return (halves | torch.cat([e & 15, e >> 4], -1) << 11).to(torch.int16)
 
 
 def lengthened(words: torch.Tensor) -> torch.Tensor:
-    """What `shortened` made, as fp32; all four are NaN where one was too large for that."""
+    """What `shortened` made, as fp32; both are NaN where one was too large for that."""
     words = words.int()
-    power = words >> 13 & 3
-    e = sum(power[..., i : i + 1] << 2 * i for i in range(4))
-    halves = (words & ~0x6000).to(torch.int16).view(torch.float16).float()
-    return torch.where(e > 245, torch.nan, halves * (e + 8 << 23).view(torch.float32))
+    low, high = (words >> 11 & 15).split(1, -1)
+    e = low | high << 4
+    halves = (words & ~0x7800).to(torch.int16).view(torch.float16).float()
+    return torch.where(e > 239, torch.nan, halves * (e + 14 << 23).view(torch.float32))
 
 
 def as_brought(y: torch.Tensor) -> torch.Tensor:
-    """fp32 [R, N] as the sum over slots has it: what shares a power stands g, 8 and 128 apart."""
-    padded = torch.nn.functional.pad(y, (0, -y.shape[1] % 256)).unflatten(1, (-1, 2, 8, 2, 8))
-    fours = padded.permute(0, 1, 3, 5, 4, 2)  # [R, blocks, 8 w, 8 g, 2 h, 2 b]
-    fours = lengthened(shortened(fours.flatten(-2))).unflatten(-1, (2, 2))
-    return fours.permute(0, 1, 5, 2, 4, 3).flatten(1)[:, : y.shape[1]]
+    """fp32 [R, N] as the sum over slots has it: columns 8 apart share a power."""
+    padded = torch.nn.functional.pad(y, (0, -y.shape[1] % 16)).unflatten(1, (-1, 2, 8))
+    pairs = lengthened(shortened(padded.transpose(2, 3).contiguous()))
+    return pairs.transpose(2, 3).flatten(1)[:, : y.shape[1]]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -319,26 +315,30 @@ def test_combine_by_position(dtype):
         assert (out == sum_).all()
 
 
+def by_instructions(pairs: torch.Tensor) -> torch.Tensor:
+    """`shortened`, by what the kernel runs."""
+    inputs = {f"${1 + i}": x.view(torch.int32).long() & ptx.MASK for i, x in enumerate(pairs.T)}
+    (words,) = ptx.run(hopper_sums._SHORTEN.value, inputs, 1)
+    return torch.stack([words & 0xFFFF, words >> 16], -1).to(torch.int16)
+
+
 def test_sums_in_16_bits():
     """The instructions that shorten sums, and what becomes of numbers of all sizes."""
     g = torch.Generator().manual_seed(7)
-    fours = torch.randn(4096, 4, generator=g) * torch.exp2(torch.randn(4096, 4, generator=g) * 3)
-    fours *= torch.exp2(torch.randint(-120, 110, (4096, 1), generator=g).float())
-    edge = torch.tensor([0.0, 1.0, 2 - 2**-12, 2 - 2**-13, -2.0, 2.0**-126, 2.0**-140, 3e35])
-    fours = torch.cat([fours, torch.cartesian_prod(edge, edge, edge, edge)])
-    inputs = {f"${2 + i}": x.view(torch.int32).long() & ptx.MASK for i, x in enumerate(fours.T)}
-    words = torch.stack(ptx.run(hopper_sums._SHORTEN.value, inputs, 2), -1)
-    found = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-2).to(torch.int16)
-    assert torch.equal(found, shortened(fours))
-    most = fours.abs().amax(-1, keepdim=True).double()
-    error = (lengthened(found).double() - fours.double()).abs()
-    bound = torch.maximum(fours.abs().double() * 2**-11, most * 2**-17)
-    assert (error <= bound + 2.0**-144).all()  # half of fp16's least, times the least power
+    pairs = torch.randn(8192, 2, generator=g) * torch.exp2(torch.randn(8192, 2, generator=g) * 3)
+    pairs *= torch.exp2(torch.randint(-120, 100, (8192, 1), generator=g).float())
+    edge = [0.0, 1.0, 2 - 2**-9, 2 - 2**-10, 2 - 2**-11, -2.0, 2.0**-126, 2.0**-140, 1e33]
+    pairs = torch.cat([pairs, torch.cartesian_prod(torch.tensor(edge), torch.tensor(edge))])
+    found = by_instructions(pairs)
+    assert torch.equal(found, shortened(pairs))
+    error = (lengthened(found).double() - pairs.double()).abs()
+    most = pairs.abs().amax(-1, keepdim=True).double()
+    # The larger is 2**10 and more, or 2**11 less what would be rounded up to that, halved.
+    assert (error <= most / (2**11 - 1) + 2.0**-138).all()
     for large in (1e36, 3e38, torch.inf, torch.nan):
-        inputs["$4"] = torch.full_like(fours[:, 0], large).view(torch.int32).long() & ptx.MASK
-        words = torch.stack(ptx.run(hopper_sums._SHORTEN.value, inputs, 2), -1)
-        found = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(-2).to(torch.int16)
-        assert lengthened(found).isnan().all()
+        for column in (0, 1):
+            pairs[:, column] = large
+            assert lengthened(by_instructions(pairs)).isnan().all()
 
 
 def test_combine_by_pair():

@@ -85,14 +85,25 @@ def test_every_scheme(always_wide, name):
     check_scheme(SCHEMES[name], TOKENS)
 
 
-@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32z_bf16"])
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g32z_bf16", "fp8block_bf16"])
 def test_every_width_of_tiles(always_wide, name):
     """One expert's tokens: around every unit of a block, and of two blocks, which share them."""
+    check_one_expert(name, range(64, 272, 16))
+
+
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g128z_bf16"])
+def test_every_width_of_narrow_tiles(always_narrow, name):
+    """The same, of which units are half as many tokens."""
+    check_one_expert(name, range(8, 112, 8))
+
+
+def check_one_expert(name, counts):
+    """As many tokens, and one more, than each of some numbers."""
     case = Case(scheme(name), num_experts=1, hidden_size=512, intermediate_size=256, top_k=1)
     weights = make_weights(case)
     packed = moelten.pack(on_gpu(weights), backend="hopper")
-    for units in range(4, 17):
-        for tokens in (16 * units, 16 * units + 1):
+    for count in counts:
+        for tokens in (count, count + 1):
             check(weights, *make_input(replace(case, tokens=tokens, seed=tokens)), packed)
 
 

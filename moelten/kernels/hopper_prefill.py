@@ -47,15 +47,15 @@ def _sums(
     SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
     acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
     ALL: gl.constexpr = P.variant.bands
-    MOST: gl.constexpr = P.most
+    HELD: gl.constexpr = P.held
     UNIT: gl.constexpr = P.variant.unit
     LAYOUT: gl.constexpr = acc[0].type.layout
     UNITS: gl.constexpr = len(acc) // BANDS
-    none = no_sums(MOST - UNITS, UNIT, LAYOUT)
+    none = no_sums(HELD - UNITS, UNIT, LAYOUT)
     out = ()
     for b in gl.static_range(BANDS):
         out = out + acc[b * UNITS : (b + 1) * UNITS] + none
-    return out + no_sums((ALL - BANDS) * MOST, UNIT, LAYOUT), turn
+    return out + no_sums((ALL - BANDS) * HELD, UNIT, LAYOUT), turn
 
 
 @gluon.jit

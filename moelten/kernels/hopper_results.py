@@ -88,7 +88,7 @@ def _finish_band(
     COUNT: gl.constexpr = 32 // P.variant.unit
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
-    sums = _together(acc, band * P.most + i * COUNT, COUNT)
+    sums = _together(acc, band * P.held + i * COUNT, COUNT)
     if row_scale_ptr is not None:
         sums = sums * rows[band]
     if x_scale_ptr is not None:
@@ -124,7 +124,7 @@ def finish_piece(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
     """What follows the sums of a piece of work; scales are asked for all at once."""
     row_scale_ptr, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
     COUNT: gl.constexpr = 32 // P.variant.unit
-    PARTS: gl.constexpr = P.variant.block // 32
+    PARTS: gl.constexpr = P.held // COUNT
     L: gl.constexpr = _together(acc, 0, COUNT).type.layout
     rows = ()
     tokens = ()

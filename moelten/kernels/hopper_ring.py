@@ -118,8 +118,13 @@ class Problem(Gemm):
 
     @property
     def most(self) -> int:
-        """Units of tokens of a block: tensors of sums of a row tile."""
+        """Units of tokens of a block."""
         return self.variant.block // self.variant.unit
+
+    @property
+    def held(self) -> int:
+        """Tensors of sums of a row tile: whole parts of 32 tokens."""
+        return -(-self.variant.block // 32) * 32 // self.variant.unit
 
     @property
     def widths(self) -> tuple[int, ...]:

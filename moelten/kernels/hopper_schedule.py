@@ -256,13 +256,17 @@ def _suits_narrow(stored: Storage) -> bool:
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
-    """As many tokens as there are registers for their sums, if three slots fit: weights are decoded
-    for so many at once. Two chunks to a stage where those are few bytes, or have the same scale."""
+    """As many tokens as there are registers for their sums, or a tenth or fifth less, until three
+    slots fit: weights are decoded for so many at once. Two chunks to a stage where those are few
+    bytes, or have the same scale."""
     little = stored.code.bits == 4 or stored.scale == "block"
     one_group = not stored.scales_sums or stored.group == 128
     stage = 2 if little and one_group else 1
-    most = _fitted(WideVariant(stored, _MOST_TOKENS, stage), scale_type)
-    return most if most.slots >= 3 else _fitted(replace(most, block=128), scale_type)
+    for block in (_MOST_TOKENS, 144):
+        variant = _fitted(WideVariant(stored, block, stage), scale_type)
+        if variant.slots >= 3:
+            return variant
+    return _fitted(replace(variant, block=128), scale_type)
 
 
 def narrow_variant(stored: Storage, scale_type: str, tiles: int = 8) -> WideVariant:

@@ -1,15 +1,16 @@
 """GEMM2's sums for many tokens per expert, on their way to the sum over slots: order and bits.
 
 The order of sums is that of registers in a product of 256 rows, of which a lane's four stand
-together: column 32 w + 4 g + 2 h + b of 256 is 128 b + 16 w + 8 h + g of the result, for 8 w, 8 g,
-2 h and 2 b. So nothing is exchanged, and no warp waits for another one.
+together: column 32 w + 4 g + 2 b + h of 256 is 128 b + 16 w + 8 h + g of the result, for 8 w, 8 g,
+2 b and 2 h. So nothing is exchanged, and no warp waits for another one (an exchange among lanes
+takes back what the bytes below save).
 
-Four together are 64 bits. Each is rounded to fp16, as a multiple of the power of two that brings
-the largest of the four below 2**-7; then the upper two bits of fp16's exponent are 0, and these 8
-bits, two of each, low ones first, hold the power. What rounding leaves out is at most 2**-11 of a
-number, an eighth of what bf16 leaves out, or 2**-17 of the largest of the four. Where one has
-2**119 or more, or is not finite, all four are NaN. With 24 bits of each, layers of 8192 tokens take
-2 to 3 % longer (H200).
+Two together are 32 bits: multiples of a power of two that brings the larger below 2**11, rounded to
+integers. They are subnormals of fp16, of which the upper 4 bits of the exponent are 0; those hold
+the power, low bits first. What rounding leaves out is at most 2**-11 of the larger, an eighth of
+what bf16 leaves out of it; the two are rows 8 apart, of the same block of scales, if there are any.
+Where one has 2**113 or more, or is not finite, both are NaN. With 24 bits of each, layers of 8192
+tokens take 2 to 3 % longer (H200).
 """
 
 from __future__ import annotations
@@ -19,21 +20,17 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-# The largest, and a little more, lest it is rounded up to 2**-7; its exponent e, of 8 bits; and
-# 2**(119 - e), which is fp32 with exponent 246 - e. Two of e's bits lie in each half of a word.
+# The larger, and a little more, lest it is rounded up to 2**11; its exponent e, of 8 bits; and
+# 2**(113 - e), which is fp32 with exponent 240 - e. Half of e's bits lie in each half of the word.
 _SHORTEN = gl.constexpr(
-    """{.reg .f32 most, a, b; .reg .b32 e, bits;
-    abs.f32 most, $2; abs.f32 a, $3; max.NaN.f32 most, most, a;
-    abs.f32 a, $4; max.NaN.f32 most, most, a;
-    abs.f32 a, $5; max.NaN.f32 most, most, a;
+    """{.reg .f32 most, other; .reg .b32 e, bits;
+    abs.f32 most, $1; abs.f32 other, $2; max.NaN.f32 most, most, other;
     mul.f32 most, most, 0f3F801000;
     mov.b32 e, most; shr.u32 e, e, 23;
-    mad.lo.s32 bits, e, -8388608, 2063597568;
-    mov.b32 most, bits;
-    mul.f32 a, $2, most; mul.f32 b, $3, most; cvt.rn.f16x2.f32 $0, b, a;
-    mul.f32 a, $4, most; mul.f32 b, $5, most; cvt.rn.f16x2.f32 $1, b, a;
-    mul.lo.u32 bits, e, 134225920; lop3.b32 $0, bits, 0x60006000, $0, 0xEA;
-    mul.lo.u32 bits, e, 8389120; lop3.b32 $1, bits, 0x60006000, $1, 0xEA;}"""
+    mad.lo.s32 bits, e, -8388608, 2013265920;
+    mov.b32 other, bits;
+    mul.f32 most, $1, other; mul.f32 other, $2, other; cvt.rn.f16x2.f32 $0, other, most;
+    mul.lo.u32 bits, e, 8390656; lop3.b32 $0, bits, 0x78007800, $0, 0xEA;}"""
 )
 
 
@@ -63,9 +60,7 @@ def _split(y):
 def _store_fours(y, at, left, token: gl.constexpr, WIDTH: gl.constexpr):
     """Every second of 8 tokens' sums, from the one on that is so far behind."""
     y = gl.convert_layout(y, _in_order(), assert_trivial=True)
-    y = gl.inline_asm_elementwise(
-        _SHORTEN, "=&r,=&r,f,f,f,f", [y], dtype=gl.uint16, is_pure=True, pack=4
-    )
+    y = gl.inline_asm_elementwise(_SHORTEN, "=r,f,f", [y], dtype=gl.uint16, is_pure=True, pack=2)
     gl.store(at + token * (WIDTH // 2), y, mask=left > token)
 
 
@@ -79,7 +74,7 @@ def store_sums(low, high, out_ptr, first, stop, n0, WIDTH: gl.constexpr):
     """
     L: gl.constexpr = _in_order()
     y = gl.join(low, high).reshape([8, 2, 8, 2, 2, 4, 2, 2])  # w, h, g, of tokens 16, 8, 2, 1; b
-    tokens = _split(y.permute((5, 0, 2, 1, 7, 6, 4, 3)).reshape([4, 256, 2, 2, 2]))
+    tokens = _split(y.permute((5, 0, 2, 7, 1, 6, 4, 3)).reshape([4, 256, 2, 2, 2]))
     position = first + 2 * gl.arange(0, 4, gl.SliceLayout(1, L))[:, None]
     n = n0 + gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
     at = out_ptr.to(gl.pointer_type(gl.uint16)) + position.to(gl.int64) * (WIDTH // 2) + n
@@ -90,8 +85,8 @@ def store_sums(low, high, out_ptr, first, stop, n0, WIDTH: gl.constexpr):
 
 @triton.jit
 def _half(words, shift: tl.constexpr):
-    """One of the four numbers, times 2**(119 - e)."""
-    half = ((words >> shift) & 0x9FFF).to(tl.uint16)
+    """One of the two numbers, times 2**(113 - e)."""
+    half = ((words >> shift) & 0x87FF).to(tl.uint16)
     return half.to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -101,18 +96,15 @@ def load_sums(y_ptr, row, first, there, columns, COUNT: tl.constexpr):
 
     0 past the last one, and where there is no such row.
     """
-    four = first // 4 + tl.arange(0, COUNT // 4)
-    at = y_ptr.to(tl.pointer_type(tl.uint64)) + row * (columns // 4) + four
-    words = tl.load(at, mask=(four < columns // 4) & there, other=0)
-    e = (words >> 13 & 0x3) | (words >> 27 & 0xC) | (words >> 41 & 0x30) | (words >> 55 & 0xC0)
-    e = e.to(tl.uint32)
-    power = tl.where(e > 245, 0x7FC00000, (e + 8) << 23).to(tl.float32, bitcast=True)
-    even = tl.join(_half(words, 0) * power, _half(words, 32) * power)
-    odd = tl.join(_half(words, 16) * power, _half(words, 48) * power)
-    return tl.join(even, odd).reshape([COUNT])
+    two = first // 2 + tl.arange(0, COUNT // 2)
+    at = y_ptr.to(tl.pointer_type(tl.uint32)) + row * (columns // 2) + two
+    words = tl.load(at, mask=(two < columns // 2) & there, other=0)
+    e = (words >> 11 & 0xF) | (words >> 23 & 0xF0)
+    power = tl.where(e > 239, 0x7FC00000, (e + 14) << 23).to(tl.float32, bitcast=True)
+    return tl.join(_half(words, 0) * power, _half(words, 16) * power).reshape([COUNT])
 
 
 @triton.jit
 def in_columns(y, COUNT: tl.constexpr):
     """Columns in the order of sums, whole blocks of 256, in that of the result."""
-    return y.reshape([COUNT // 256, 8, 8, 2, 2]).permute(0, 4, 1, 3, 2).reshape([COUNT])
+    return y.reshape([COUNT // 256, 8, 8, 2, 2]).permute(0, 3, 1, 4, 2).reshape([COUNT])

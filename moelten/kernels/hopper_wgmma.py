@@ -131,10 +131,13 @@ def _end_block(turn):
 
 
 @gluon.jit
-def _put(items, index: gl.constexpr, item):
-    """The tuple with another item at its index."""
+def _put(items, index: gl.constexpr, item, COUNT: gl.constexpr):
+    """The tuple, of so many, with another item at its index.
+
+    Without the count Triton takes one band of 9 tensors and another for two of 6.
+    """
     out = ()
-    for i in gl.static_range(len(items)):
+    for i in gl.static_range(COUNT):
         out = out + (item if i == index else items[i],)
     return out
 
@@ -167,10 +170,10 @@ def _prepare(
         sums, own = _in_units(
             acc[BAND], unit[BAND], ring, slot, x_slot, BAND, chunk + C, GROUP, P
         )  # fmt: skip
-        acc = _put(acc, BAND, sums)
-        unit = _put(unit, BAND, own)
+        acc = _put(acc, BAND, sums, BANDS)
+        unit = _put(unit, BAND, own, BANDS)
     if GROUP == 0:
-        a = _put(a, BAND, _decode(loaded, zero[BAND], chunk + C, P))
+        a = _put(a, BAND, _decode(loaded, zero[BAND], chunk + C, P), BANDS)
     return acc, unit, a
 
 
@@ -180,7 +183,7 @@ def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
 
     BANDS: of acc; without them Triton takes one band of 8 tensors for two of 4
     """
-    return _put(acc, band, warpgroup_mma_wait(others, deps=acc[band]))
+    return _put(acc, band, warpgroup_mma_wait(others, deps=acc[band]), BANDS)
 
 
 @gluon.jit
@@ -214,7 +217,7 @@ def _stage(
         if AHEAD:
             loaded = _ask(ring, slot, (i + 1) % TURNS, BANDS, SPAN, P)
         now = _multiply(acc[i % BANDS], a[i % BANDS], ring[X], before, i // BANDS, N, SPAN, P)
-        acc = _put(acc, i % BANDS, now)
+        acc = _put(acc, i % BANDS, now, BANDS)
         if BANDS == 1:
             acc = _wait(acc, 0, 0, BANDS)
         if i > 0:
