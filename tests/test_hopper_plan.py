@@ -341,6 +341,18 @@ def test_sums_in_16_bits():
             assert lengthened(by_instructions(pairs)).isnan().all()
 
 
+def test_sums_that_are_too_large():
+    """They are NaN, as what shares their power is, and nothing else."""
+    y, out = torch.ones(1, 1, 512), torch.empty(1, 512, dtype=torch.bfloat16, device=DEVICE)
+    for column, large in ((3, torch.inf), (40, -1.5e34), (264, torch.nan), (400, 1e33)):
+        y[..., column] = large
+    ids, where = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    y = in_order_of_sums(y).to(DEVICE)
+    hopper_plan.combine(y, ids.to(DEVICE), 1, 0, out, inverse=where.to(DEVICE))
+    lost = out[0].isnan().nonzero().flatten().tolist()
+    assert lost == [3, 11, 32, 40, 256, 264] and out[0, 400] > 9e32
+
+
 def test_combine_by_pair():
     y = torch.tensor([1e8, 1.0, -1e8, torch.nan, 3.0, 4.0])[:, None].expand(1, 6, 20).contiguous()
     ids, out = torch.tensor([[0, 1, 0], [7, 1, 1]]), torch.empty(2, 20, device=DEVICE)
