@@ -255,13 +255,16 @@ def test_quantize_by_pair():
 
 
 def in_order_of_sums(y: torch.Tensor) -> torch.Tensor:
-    """fp32 [.., N] as bytes, two numbers in four; behind the last are zeros.
+    """fp32 [.., N] as bytes, two numbers in four; behind the last are zeros, and, where nothing
+    shares a power with it, poison.
 
     A warp w has rows 16 w .. of each of two bands b of 128, and a lane rows g and g + 8 of those.
     """
     places = [128 * b + 16 * w + 8 * h + g for w in range(8) for g in range(8)
               for b in range(2) for h in range(2)]  # fmt: skip
-    out = torch.nn.functional.pad(y, (0, -y.shape[-1] % 256)).unflatten(-1, (-1, 256))
+    out = torch.nn.functional.pad(y, (0, -y.shape[-1] % 16))
+    out = torch.nn.functional.pad(out, (0, -y.shape[-1] // 16 * 16 % 256), value=torch.nan)
+    out = out.unflatten(-1, (-1, 256))
     return shortened(out[..., places].unflatten(-1, (-1, 2))).view(torch.uint8).flatten(-3)
 
 

@@ -262,11 +262,11 @@ def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     little = stored.code.bits == 4 or stored.scale == "block"
     one_group = not stored.scales_sums or stored.group == 128
     stage = 2 if little and one_group else 1
-    for block in (_MOST_TOKENS, 144):
+    for block in (_MOST_TOKENS, 144, 128):
         variant = _fitted(WideVariant(stored, block, stage), scale_type)
         if variant.slots >= 3:
-            return variant
-    return _fitted(replace(variant, block=128), scale_type)
+            break
+    return variant
 
 
 def narrow_variant(stored: Storage, scale_type: str, tiles: int = 8) -> WideVariant:

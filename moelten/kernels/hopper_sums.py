@@ -7,7 +7,7 @@ takes back what the bytes below save).
 
 Two together are 32 bits: multiples of a power of two that brings the larger below 2**11, rounded to
 integers. They are subnormals of fp16, of which the upper 4 bits of the exponent are 0; those hold
-the power, low bits first. What rounding leaves out is at most 2**-11 of the larger, an eighth of
+the power, low bits first. What rounding leaves out is at most 1/2047 of the larger, an eighth of
 what bf16 leaves out of it; the two are rows 8 apart, of the same block of scales, if there are any.
 Where one has 2**113 or more, or is not finite, both are NaN. With 24 bits of each, layers of 8192
 tokens take 2 to 3 % longer (H200).
@@ -23,14 +23,14 @@ from triton.experimental.gluon import language as gl
 # The larger, and a little more, lest it is rounded up to 2**11; its exponent e, of 8 bits; and
 # 2**(113 - e), which is fp32 with exponent 240 - e. Half of e's bits lie in each half of the word.
 _SHORTEN = gl.constexpr(
-    """{.reg .f32 most, other; .reg .b32 e, bits;
+    f"""{{.reg .f32 most, other; .reg .b32 e, bits;
     abs.f32 most, $1; abs.f32 other, $2; max.NaN.f32 most, most, other;
     mul.f32 most, most, 0f3F801000;
     mov.b32 e, most; shr.u32 e, e, 23;
-    mad.lo.s32 bits, e, -8388608, 2013265920;
+    mad.lo.s32 bits, e, {-1 << 23}, {240 << 23};
     mov.b32 other, bits;
     mul.f32 most, $1, other; mul.f32 other, $2, other; cvt.rn.f16x2.f32 $0, other, most;
-    mul.lo.u32 bits, e, 8390656; lop3.b32 $0, bits, 0x78007800, $0, 0xEA;}"""
+    mul.lo.u32 bits, e, {1 << 11 | 1 << 23}; lop3.b32 $0, bits, 0x78007800, $0, 0xEA;}}"""
 )
 
 
