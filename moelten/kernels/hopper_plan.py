@@ -124,7 +124,8 @@ def combine(
         combine_kernel, (tokens, triton.cdiv(width, block)),
         y, ids.contiguous(), inverse, None if router is None else router.contiguous(), out,
         num_experts, first_expert, width, columns, y.stride(0),
-        TOP_K=top_k, SPLITS=y.shape[0], BLOCK=block, launch_pdl=True,
+        TOP_K=top_k, SPLITS=y.shape[0], BLOCK=block,
+        num_warps=4 if inverse is None else 2, launch_pdl=True,
     )  # fmt: skip
 
 

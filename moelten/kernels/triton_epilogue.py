@@ -36,35 +36,38 @@ NO_EPILOGUE = Epilogue()
 
 
 @triton.jit
-def _gelu(x, APPROXIMATE: tl.constexpr):
+def _gelu(x, APPROXIMATE: tl.constexpr, SIGMOID: tl.constexpr):
     if APPROXIMATE:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        return x * tl.sigmoid(2.0 * inner)
+        return x * SIGMOID(2.0 * inner)
     else:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
-def activate(g, u, alpha, beta, limit, NAME: tl.constexpr, LIMITED: tl.constexpr):
+def activate(
+    g, u, alpha, beta, limit,
+    NAME: tl.constexpr, LIMITED: tl.constexpr, SIGMOID: tl.constexpr = tl.sigmoid,
+):  # fmt: skip
     """The function of `moelten.activations` called NAME, of gate g and up u (or of g alone)."""
     if NAME == "swiglu":
         if LIMITED:
             # Comparisons, not minimum: NaN must pass.
             g = tl.where(g > limit, limit, g)
             u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
-        return g * tl.sigmoid(alpha * g) * (u + beta)
+        return g * SIGMOID(alpha * g) * (u + beta)
     elif NAME == "geglu":
-        return _gelu(g, False) * u
+        return _gelu(g, False, SIGMOID) * u
     elif NAME == "geglu_tanh":
-        return _gelu(g, True) * u
+        return _gelu(g, True, SIGMOID) * u
     elif NAME == "reglu":
         return tl.where(g < 0.0, 0.0, g) * u
     elif NAME == "silu":
-        return g * tl.sigmoid(g)
+        return g * SIGMOID(g)
     elif NAME == "gelu":
-        return _gelu(g, False)
+        return _gelu(g, False, SIGMOID)
     elif NAME == "gelu_tanh":
-        return _gelu(g, True)
+        return _gelu(g, True, SIGMOID)
     elif NAME == "relu2":
         r = tl.where(g < 0.0, 0.0, g)
         return r * r
