@@ -200,19 +200,16 @@ def test_every_number_of_tokens(name, shape):
     assert len(known) > 1 or shape == "many experts"
 
 
-def way_of(packed, pairs: int) -> int | tuple[bool, Storage, int]:
+def way_of(packed, pairs: int) -> int | tuple[bool, Storage]:
     """What the bits of a token depend on: into how many parts GEMM2 cuts its K; for many tokens
-    whether single warps multiply, as what weights are multiplied, and how many chunks of 64 columns
-    get a scale of sums at once: sums are brought from its unit to its unit for the next one, by a
-    quotient that need not be 1 to the bit."""
+    whether single warps multiply, and as what weights are multiplied."""
     spec, fmt = packed.spec, packed.spec.scheme.activations
     stored = storage(spec.scheme.weights, "fp16" if fmt == FP16 else "bf16")
     rows, columns = spec.hidden_size, spec.intermediate_size
     sizes = pairs, spec.num_experts, (rows, columns)
     x_scale = "none" if isinstance(fmt, Float) else "group" if fmt.blocks[1] else "row"
     if wide := choose_wide(stored, "bfloat16", *sizes, x_scale=x_scale):
-        of = wide.weights
-        return wide.by_warp, of, min(of.group // 64, wide.stage) if of.scales_sums else 0
+        return wide.by_warp, wide.weights
     sizes = block_of(pairs, spec.num_experts), pairs, spec.num_experts
     return make_variant(stored, *sizes, -(-rows // 64), columns, may_split=True).splits
 
@@ -228,8 +225,8 @@ def test_a_token_does_not_depend_on_the_others():
     x, routing = make_call(300, 8, 1024, 2)
     order = torch.randperm(300, device="cuda")
     stored = storage(packed.spec.scheme.weights, "bf16")
-    assert way_of(packed, 146) == way_of(packed, 600) == (False, stored, 0)
-    assert way_of(packed, 42) == way_of(packed, 144) == (True, stored, 0)
+    assert way_of(packed, 146) == way_of(packed, 600) == (False, stored)
+    assert way_of(packed, 42) == way_of(packed, 144) == (True, stored)
     assert way_of(packed, 40) in range(1, 9)
     for most, parts in (
         (300, (order, order[:210], order[:130], order[:73])),

@@ -29,6 +29,7 @@ from moelten.kernels.hopper_gemm import _FACTORS, _PLAIN, _TOKENS, _WORDS
 from moelten.kernels.hopper_prefill import prefill_kernel
 from moelten.kernels.hopper_ring import Problem
 from moelten.kernels.hopper_schedule import (
+    WideVariant,
     box_rows,
     choose_wide,
     narrow_variant,
@@ -65,6 +66,11 @@ def slim_variant(stored, scale):
     return narrow_variant(stored, scale, tiles=4)
 
 
+def tall_variant(stored, scale):
+    """For more tokens of few rows."""
+    return narrow_variant(stored, scale, 96, 4)
+
+
 def chosen(fmt: Format, operand: str, choose=wide_variant, x_scale="none"):
     """A variant, and the type of its scales."""
     few = choose is not wide_variant
@@ -82,6 +88,7 @@ def compiled(
     x_scale="none",
     rows=2048,
     more=True,
+    columns=4096,
 ):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half) as `prefill_gemm` calls it.
 
@@ -112,8 +119,8 @@ def compiled(
     if not more:
         types["bias_ptr"] = None
     activation = "swiglu" if halves == 2 else "none"
-    problem = Problem(rows, 4096, halves, scale, activation, False, halves == 2, True, variant)
-    options = {"num_warps": 8, "maxnreg": variant.registers}
+    problem = Problem(rows, columns, halves, scale, activation, False, halves == 2, True, variant)
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
     return compile_kernel(prefill_kernel, types, {"P": problem}, **options)
 
 
@@ -127,9 +134,11 @@ def compiled(
         *((name, 1, wide_variant, "none", False) for name in ("bf16", "int4g128z")),
         *((name, 2, narrow_variant, "none", True) for name in ("mxfp4", "nvfp4", "int4g32")),
         *((name, 1, slim_variant, "none", True) for name in ("int4g128z", "fp8block", "int8")),
+        *((name, 1, tall_variant, "none", True) for name in ("mxfp4", "int4g32z")),
+        ("int4g128", 2, tall_variant, "none", True),
         ("fp8block", 2, wide_variant, "group", True),
         ("int4g128z", 1, wide_variant, "group", True),
-        ("int4g128z", 2, narrow_variant, "group", True),
+        ("int4g128z", 2, slim_variant, "group", True),
     ],
 )
 def test_machine_code(name, halves, choose, x_scale, more):
@@ -139,9 +148,9 @@ def test_machine_code(name, halves, choose, x_scale, more):
     assert "setmaxnreg" in kernel.asm["ptx"]
     assert stack_bytes(kernel.asm["cubin"]) == 0
     listing = listing_of(kernel.asm["cubin"])
-    block = chosen(*CASES[name], choose, x_scale)[0].block
+    variant = chosen(*CASES[name], choose, x_scale)[0]
     if halves == 1:
-        check_stores(listing, block)
+        check_stores(listing, variant)
     bodies = main_loops(listing, "HGMMA")
     found: list[tuple[int, int]] = []
     for body in bodies:
@@ -151,19 +160,32 @@ def test_machine_code(name, halves, choose, x_scale, more):
         found += [(width, len(products)) for width in widths]
         # The left operand is in registers.
         assert all(re.search(r"HGMMA\S+ R\d+, R\d+, gdesc", line) for line in products)
-        assert names.count("PRMT") <= (8 if block == 64 else 4)
-        # One band is waited for while the next one multiplies; for all once a stage.
+        assert names.count("PRMT") <= (8 if variant.few else 4)
         waits = [line for line in body if "WARPGROUP.DEPBAR" in line]
-        assert sum("gsb0, 0x0" in line for line in waits) <= 2
-        assert len(waits) <= 5 and len(waits) < len(products)
+        if variant.few:
+            # Each warp waits for a chunk's products, or for those of a group of it.
+            assert len(waits) == len(products) // (2 if variant.weights.scales_twice else 4)
+        else:
+            # One band is waited for while the next one multiplies; for all once a stage.
+            assert sum("gsb0, 0x0" in line for line in waits) <= 2
+            assert len(waits) <= 5 and len(waits) < len(products)
         # Warpgroups do not wait for each other.
         assert "BAR" not in [name for line in body if "SYNC" in line for name in operations([line])]
-    # Both run the same loops: one for every 8 tokens from 24 on, of large tiles for every 16 from
-    # 64 on, and one of half a piece, if any.
-    most = max(count for _, count in found)
-    rests = [(block, most // 2)] if halves == 1 else []
-    widths = range(24, block + 1, 8) if block == 64 else range(64, block + 1, 16)
+    # All run the same loops: one for every 8 tokens from 24 or 48 on, of large tiles for every 16
+    # from 64 on, and one of half a piece, if any.
+    most, block = max(count for _, count in found), variant.block
+    rests = [(block, most // 2)] if halves == 1 and not variant.few else []
+    first = 24 if block == 64 else 48
+    widths = range(first, block + 1, 8) if variant.few else range(64, block + 1, 16)
     assert sorted(found) == sorted(rests + [(n, most) for n in widths])
+
+
+def test_a_last_stage_of_one_chunk():
+    """It is multiplied by itself, once for each number of tokens, and nothing beside it."""
+    listing = listing_of(compiled(*CASES["mxfp4"], 1, tall_variant, columns=2880).asm["cubin"])
+    loop = main_loops(listing, "HGMMA")
+    assert {operations(body).count("HGMMA") for body in loop} == {8}
+    assert operations(listing).count("HGMMA") == len(loop) * (8 + 4)
 
 
 def main_loops(listing: list[str], product: str) -> list[list[str]]:
@@ -172,14 +194,14 @@ def main_loops(listing: list[str], product: str) -> list[list[str]]:
     return [body for body in bodies if "STG" not in operations(body)]
 
 
-def check_stores(listing: list[str], block: int) -> None:
+def check_stores(listing: list[str], variant: WideVariant) -> None:
     """GEMM2's sums leave as they lie in registers, while no warp waits for another."""
     behind = listing[max(i for i, line in enumerate(listing) if "HGMMA" in line) :]
     stores = [line for line in behind if "STG" in line]
-    # Of four numbers each, with half their bytes, in whole parts of 32 tokens.
-    assert len(stores) == -(-block // 32) * 8
-    assert all("STG.E.64" in line for line in stores)
-    assert not [line for line in behind if "BAR.SYNC" in line and "0x100" in line]
+    # Of four numbers each, or two, with half their bytes, in whole parts of 32 tokens.
+    assert len(stores) == -(-variant.block // 32) * 8 * variant.tiles // 4
+    assert all(("STG.E.64" in line) == (variant.warps == 8) for line in stores)
+    assert not any("BAR.SYNC" in line and f"0x{32 * variant.warps:x}" in line for line in behind)
 
 
 @pytest.mark.parametrize(
@@ -261,19 +283,20 @@ def test_parameters_are_those_of_a_recorded_launch():
 
 def test_which_kernel_runs():
     """Few tokens per expert take one, many the other; once many, always many."""
+    small = {15: "32w", 16: "64", 53: "64"}
     for fmt, few, few_pieces, tiles in (
-        (MXFP4(), 0, 5, {18: "32w", 19: "64", 56: "64", 57: "160"}),
-        (Int4(32), 1, 1, {18: "32w", 19: "64", 56: "64", 57: "160"}),
-        (Int4(32, zero_point=True), 0, 1, {44: "32w", 45: "160"}),
-        (Int4(128), 0, 1, {22: "32w", 23: "64", 56: "64", 57: "160"}),
-        (Int8(), 11, 11, {18: "32w", 19: "64", 56: "64", 57: "160"}),
-        (FP8((128, 128)), 8, 9, {18: "32w", 19: "64", 56: "64", 57: "144"}),
+        (MXFP4(), 0, 5, small | {54: "96", 80: "96", 81: "160"}),
+        (Int4(32), 1, 1, small | {54: "96", 80: "96", 81: "160"}),
+        (Int4(32, zero_point=True), 0, 1, {34: "32w", 35: "64", 54: "96", 81: "160"}),
+        (Int4(128), 0, 1, {22: "32w", 23: "64", 53: "64", 54: "96", 80: "96", 81: "160"}),
+        (Int8(), 11, 11, small | {54: "160"}),
+        (FP8((128, 128)), 8, 9, small | {54: "144"}),
         (Float("bfloat16"), 11, 11, {12: "160"}),
     ):
         stored = storage(fmt, "bf16")
         for experts in (1, 8, 256):
             blocks, found = [], {}
-            for mean in (*range(1, 80), 10**5):
+            for mean in (*range(1, 90), 10**5):
                 chosen = choose_wide(stored, "bfloat16", mean * experts, experts, (4096, 2048))
                 blocks.append(chosen.block if chosen else 0)
                 found[mean] = f"{blocks[-1]}{'w' if chosen and chosen.by_warp else ''}"
@@ -331,4 +354,6 @@ def test_slots_fit(name):
         assert warp_variant(*sizes).slots >= 3
         assert short_variant(*sizes).slots >= 3
         assert slim_variant(*sizes).slots >= 3
-        assert stored.code.bits != 4 or narrow_variant(*sizes).slots >= 3
+    if stored.code.bits == 4:
+        assert narrow_variant(*sizes).slots >= 3
+        assert tall_variant(*sizes).slots >= 3

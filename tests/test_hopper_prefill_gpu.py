@@ -42,6 +42,10 @@ def slim_variant(stored, scale_type):
     return narrow_variant(stored, scale_type, tiles=4)
 
 
+def tall_variant(stored, scale_type):
+    return narrow_variant(stored, scale_type, 96, 4)
+
+
 def only(monkeypatch, variant):
     """All numbers of tokens take one variant of the kernel for many."""
     prepared = (arena._prepare, arena._measure)
@@ -80,6 +84,11 @@ def always_slim(monkeypatch):
     yield from only(monkeypatch, slim_variant)
 
 
+@pytest.fixture
+def always_tall(monkeypatch):
+    yield from only(monkeypatch, tall_variant)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_scheme(always_wide, name):
     check_scheme(SCHEMES[name], TOKENS)
@@ -91,10 +100,14 @@ def test_every_width_of_tiles(always_wide, name):
     check_one_expert(name, range(64, 272, 16))
 
 
-@pytest.mark.parametrize("name", ["mxfp4_bf16", "int4g128z_bf16"])
+@pytest.mark.parametrize("name", ["mxfp4_bf16", "nvfp4_bf16"])
 def test_every_width_of_narrow_tiles(always_narrow, name):
     """The same, of which units are half as many tokens."""
     check_one_expert(name, range(8, 112, 8))
+
+
+def test_every_width_of_tall_tiles(always_tall):
+    check_one_expert("int4g32z_bf16", range(40, 144, 8))
 
 
 def check_one_expert(name, counts):
@@ -126,9 +139,11 @@ def test_short_stages_by_warps(always_warps, name):
 
 
 FEW = (1, 20, 50, 90, 130, 190, 300, 420, 560)
-NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4g128z_bf16", "int4g32_fp16"]
-NARROW += ["int4z_bf16", "mxfp4_fp8", "int4g128_fp8g128"]
-SLIM = ["mxfp4_bf16", "int4g128z_bf16", "fp8block_bf16", "fp8_fp8", "int8_int8", "fp8block_fp8"]
+NARROW = ["mxfp4_bf16", "nvfp4_bf16", "int4_bf16", "int4g32_bf16", "int4g32_fp16", "int4z_bf16"]
+NARROW += ["mxfp4_fp8"]
+SLIM = ["mxfp4_bf16", "int4g128z_bf16", "int4g32z_bf16", "fp8block_bf16", "fp8_fp8", "int8_int8"]
+SLIM += ["fp8block_fp8", "int4g128_fp8g128"]
+TALL = ["mxfp4_bf16", "int4g128_fp16", "mxfp4_fp8"]
 
 
 def small_sizes(name):
@@ -146,12 +161,21 @@ def test_narrow_tiles_of_few_rows(always_slim, name):
             check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 
+@pytest.mark.parametrize("name", TALL)
+def test_tall_tiles(always_tall, name):
+    """The same, of half as many tokens more."""
+    check_scheme(scheme(name), FEW)
+    for hidden, inter in (small_sizes(name), (512, 256)):
+        case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
+        for tokens in (60, 140):
+            check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+
+
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_tiles(always_narrow, name):
     """The same, of twice as many rows; the last 5 of 45 row tiles."""
     check_scheme(scheme(name), FEW)
-    large = (2944, 384) if "g128" in name else (2880, 288)
-    for hidden, inter in (small_sizes(name), (512, 256), large):
+    for hidden, inter in (small_sizes(name), (512, 256), (2880, 288)):
         case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
         for tokens in (9, 60):
             check(make_weights(case), *make_input(replace(case, tokens=tokens)))
@@ -191,9 +215,11 @@ def test_router_weight_on_the_input_and_pre_scales(always_wide, name):
     check_router_weights(Case(scheme(name), tokens=150))
 
 
+@pytest.mark.parametrize("kind", ["wide", "slim"])
 @pytest.mark.parametrize("fmt", [Int4(32), Int4(128), Int4(64, zero_point=True), FP8((128, 128))])
-def test_scales_that_differ_or_vanish(always_wide, fmt):
+def test_scales_that_differ_or_vanish(request, fmt, kind):
     """Sums change units from group to group: by 2**40 both ways, by signs, past zero scales."""
+    request.getfixturevalue(f"always_{kind}")
     case = Case(Scheme(fmt, BF16), num_experts=3, hidden_size=512, intermediate_size=256)
     weights = make_weights(case)
     g = torch.Generator().manual_seed(5)
@@ -215,7 +241,7 @@ def test_scales_that_differ_or_vanish(always_wide, fmt):
             check(changed, *make_input(replace(case, tokens=tokens)))
 
 
-@pytest.mark.parametrize("kind", ["decode", "warps", "wide"])
+@pytest.mark.parametrize("kind", ["decode", "warps", "slim", "wide"])
 @pytest.mark.parametrize("name", ["fp8block_fp8", "int8block_int8", "int4g128_fp8g128"])
 def test_scales_of_activations_that_differ(request, name, kind):
     """A token's scales from group to group: by 2**60 both ways, over zeros; half a last group."""
@@ -226,7 +252,7 @@ def test_scales_of_activations_that_differ(request, name, kind):
     case = Case(scheme(name), num_experts=3, **sizes)
     weights = make_weights(case)
     g = torch.Generator().manual_seed(6)
-    for tokens in (7, 60, 200) if kind == "wide" else (7, 20):
+    for tokens in (7, 60, 200) if kind in ("slim", "wide") else (7, 20):
         x, routing = make_input(replace(case, tokens=tokens))
         groups = -(-x.shape[1] // 128)
         exponent = torch.randint(-30, 31, (tokens, groups), generator=g).float()
@@ -237,7 +263,7 @@ def test_scales_of_activations_that_differ(request, name, kind):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_production_shapes(name):
-    check_production_shape(name, (300, 1024))
+    check_production_shape(name, (190, 1024))
 
 
 def test_graph_streams_and_chunks():

@@ -1,7 +1,7 @@
 """A band of weights from a slot of the ring (`hopper_ring`), in Gluon.
 
-A band is two row tiles, one for each warpgroup: 128 rows, 16 for each of 8 warps. Weights come as
-operands of the matrix instruction, with the scales that join them, or beside those that multiply
+A band is a row tile for each warpgroup, two or four: 16 rows for each of the warps, w. Weights come
+as operands of the matrix instruction, with the scales that join them, or beside those that multiply
 sums.
 """
 
@@ -16,6 +16,7 @@ from moelten.kernels.hopper_fragments import (
     load_layout,
     operands,
     pair_layout,
+    powers,
     scale_layout,
     zero_words,
 )
@@ -23,51 +24,50 @@ from moelten.kernels.hopper_ring import SCALES, WORDS, X_SCALES, ZEROS
 
 
 @gluon.constexpr_function
-def _code_layout(loads):
-    """A chunk of both row tiles of a band, [2, 16 * loads, 32]: 16 bytes per lane and load."""
+def _code_layout(loads, teams):
+    """A chunk of the row tiles of a band, [teams, 16 * loads, 32]: 16 bytes per lane and load."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [0, 0, 2]]
-        + [[0, 16 << i, 0] for i in range((loads - 1).bit_length())],
+        reg_bases=[[0, 0, 1], [0, 0, 2]] + [[0, 16 * b, 0] for b in powers(loads)],
         lane_bases=[[0, 0, 4], [0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0]],
-        warp_bases=[[0, 4, 0], [0, 8, 0], [1, 0, 0]],
+        warp_bases=[[0, 4, 0], [0, 8, 0]] + [[b, 0, 0] for b in powers(teams)],
         block_bases=[],
-        shape=[2, 16 * loads, 32],
+        shape=[teams, 16 * loads, 32],
     )
 
 
 @gluon.constexpr_function
-def _quad_layout():
-    """Words [8 w, 8 g, 2 halves of a quad, 2 lanes]."""
+def _quad_layout(warps):
+    """Words [w, 8 g, 2 halves of a quad, 2 lanes]."""
     return gl.DistributedLinearLayout(
         reg_bases=[],
         lane_bases=[[0, 0, 0, 1], [0, 0, 1, 0], [0, 1, 0, 0], [0, 2, 0, 0], [0, 4, 0, 0]],
-        warp_bases=[[1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        warp_bases=[[b, 0, 0, 0] for b in powers(warps)],
         block_bases=[],
-        shape=[8, 8, 2, 2],
+        shape=[warps, 8, 2, 2],
     )
 
 
 @gluon.constexpr_function
-def _parameter_layout(rows, spread):
-    """A super-block's row parameters of a band, [2 * rows, 32]: w, g, half of a quad if `spread`,
-    own words."""
+def _parameter_layout(rows, spread, teams):
+    """A super-block's row parameters of a band, [teams * rows, 32]: w, g, half of a quad if
+    `spread`, own words."""
     words = rows // 2 if spread else rows
     half = [words] if spread else [0]
-    bits = [0, *half, *(rows << i for i in range(6))]  # of 4 t, 8 g, 8 w
-    registers = [1 << i for i in range((words - 1).bit_length())]
-    places = [[[at // 32, at % 32] for at in group] for group in (registers, bits[:5], bits[5:])]
-    return gl.DistributedLinearLayout(*places, [], [2 * rows, 32])
+    bits = [0, *half, *(rows * b for b in powers(32 * teams))]  # of 4 t, 8 g, w
+    groups = (powers(words), bits[:5], bits[5:])
+    places = [[[at // 32, at % 32] for at in group] for group in groups]
+    return gl.DistributedLinearLayout(*places, [], [teams * rows, 32])
 
 
 @gluon.constexpr_function
-def _block_layout():
-    """Scales of blocks, [2 row tiles, 4 w, 8 g, 2 b]: every lane has both."""
+def _block_layout(teams):
+    """Scales of blocks, [row tiles, 4 w, 8 g, 2 b]: every lane has both."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 0, 1]],
         lane_bases=[[0] * 4, [0] * 4, [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]],
-        warp_bases=[[0, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0]],
+        warp_bases=[[0, 1, 0, 0], [0, 2, 0, 0]] + [[b, 0, 0, 0] for b in powers(teams)],
         block_bases=[],
-        shape=[2, 4, 8, 2],
+        shape=[teams, 4, 8, 2],
     )
 
 
@@ -75,19 +75,20 @@ def _block_layout():
 def _pick(words, bit):
     """The half of the last axis that a bit says."""
     HALF: gl.constexpr = words.shape[2] // 2
-    low, high = gl.split(words.reshape([8, words.shape[1], 2, HALF]).permute((0, 1, 3, 2)))
+    W: gl.constexpr = words.shape[0]
+    low, high = gl.split(words.reshape([W, words.shape[1], 2, HALF]).permute((0, 1, 3, 2)))
     return gl.where(bit != 0, high, low)
 
 
 @gluon.jit
-def _load(buffer, SPREAD: gl.constexpr):
-    """A lane's words of a super-block, [8 w, 8 g (times 2 halves of a quad), n]."""
-    ROWS: gl.constexpr = buffer.shape[0] // 2
-    words = buffer.load(_parameter_layout(ROWS, SPREAD)).to(gl.uint32, bitcast=True)
+def _load(buffer, SPREAD: gl.constexpr, TEAMS: gl.constexpr):
+    """A lane's words of a super-block, [w, 8 g (times 2 halves of a quad), n]."""
+    ROWS: gl.constexpr = buffer.shape[0] // TEAMS
+    words = buffer.load(_parameter_layout(ROWS, SPREAD, TEAMS)).to(gl.uint32, bitcast=True)
     if SPREAD:
-        return words.reshape([8, 16, ROWS // 2])
+        return words.reshape([4 * TEAMS, 16, ROWS // 2])
     else:
-        return words.reshape([8, 8, ROWS])
+        return words.reshape([4 * TEAMS, 8, ROWS])
 
 
 @gluon.jit
@@ -102,8 +103,9 @@ def _of_chunk(words, chunk, COUNT: gl.constexpr):
 
 @gluon.jit
 def _for_quads(words, SPREAD: gl.constexpr):
-    """[8 w, 8 g (times 2), 1] as [8 w, 8 g, 4 t], or two of them as [8 w, 8 g, 4 t, 2]."""
-    QUAD: gl.constexpr = _quad_layout()
+    """[w, 8 g (times 2), 1] as [w, 8 g, 4 t], or two of them as [w, 8 g, 4 t, 2]."""
+    W: gl.constexpr = words.shape[0]
+    QUAD: gl.constexpr = _quad_layout(W)
     if words.shape[2] == 2:
         low, high = gl.split(words)
         low, high = low.expand_dims(2), high.expand_dims(2)
@@ -111,13 +113,13 @@ def _for_quads(words, SPREAD: gl.constexpr):
     else:
         if SPREAD:
             HALVES: gl.constexpr = gl.SliceLayout(3, QUAD)
-            words = gl.convert_layout(words.reshape([8, 8, 2]), HALVES, assert_trivial=True)
+            words = gl.convert_layout(words.reshape([W, 8, 2]), HALVES, assert_trivial=True)
         else:
             WHOLE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, QUAD))
-            words = gl.convert_layout(words.reshape([8, 8]), WHOLE, assert_trivial=True)
+            words = gl.convert_layout(words.reshape([W, 8]), WHOLE, assert_trivial=True)
             words = words.expand_dims(2)
-        words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([8, 8, 2, 2], gl.uint32, QUAD))
-        return gl.convert_layout(words.reshape([8, 8, 4]), pair_layout(8), assert_trivial=True)
+        words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([W, 8, 2, 2], gl.uint32, QUAD))
+        return gl.convert_layout(words.reshape([W, 8, 4]), pair_layout(W), assert_trivial=True)
 
 
 @gluon.jit
@@ -127,28 +129,30 @@ def load_weights(ring, slot, band: gl.constexpr, c: gl.constexpr, P: gl.constexp
     LOADS: gl.constexpr = W.code.bits // 4
     at = slot * P.variant.bands + band
     words = ring[WORDS].index(at).slice(c * (16 * LOADS), 16 * LOADS, 1)
-    words = words.load(_code_layout(LOADS))
+    words = words.load(_code_layout(LOADS, P.variant.teams))
     scale = 0
     if W.scale == "fold":
-        scale = _load(ring[SCALES].index(at), P.spread)
+        scale = _load(ring[SCALES].index(at), P.spread, P.variant.teams)
     zero = 0
     if W.zeros is not None and W.group != 0:
-        zero = _load(ring[ZEROS].index(at), False)
+        zero = _load(ring[ZEROS].index(at), False, P.variant.teams)
     return words, scale, zero
 
 
 @gluon.jit
 def decode_weights(loaded, zero, chunk, P: gl.constexpr, OPERAND: gl.constexpr):
-    """Operands [8 warps, 16, 64] of a band's chunk.
+    """Operands [w, 16, 64] of a band's chunk.
 
-    zero:    words [8 w, 8 g, 4 t], where one zero point serves the whole row
-    OPERAND: their type; uint32 for their registers, [128, 32]
+    zero:    words [w, 8 g, 4 t], where one zero point serves the whole row
+    OPERAND: their type; uint32 for their registers, [rows, 32]
     """
     W: gl.constexpr = P.weights
     LOADS: gl.constexpr = W.code.bits // 4
+    WARPS: gl.constexpr = P.variant.warps
     w, s, z = loaded
-    w = w.reshape([2, LOADS, 4, 128]).permute((0, 2, 1, 3))
-    w = gl.convert_layout(w.reshape([8, LOADS, 128]), load_layout(8, LOADS), assert_trivial=True)
+    w = w.reshape([P.variant.teams, LOADS, 4, 128]).permute((0, 2, 1, 3))
+    w = w.reshape([WARPS, LOADS, 128])
+    w = gl.convert_layout(w, load_layout(WARPS, LOADS), assert_trivial=True)
     if W.scale == "fold":
         s = _for_quads(_of_chunk(s, chunk, P.words), P.spread)
     if W.zeros is not None and W.group != 0:
@@ -163,7 +167,7 @@ def take_token_scales(
 ):
     """fp32 [1, tokens] of a unit, from the at-th of the block on, for a group of a stage.
 
-    L: the layout of the sums [128, tokens]
+    L: the layout of the sums [rows, tokens]
     """
     words = ring[X_SCALES].index(slot * P.variant.x_groups + group).slice(at, P.variant.unit, 0)
     return words.slice(0, 1, 1).permute((1, 0)).load(L)
@@ -171,27 +175,30 @@ def take_token_scales(
 
 @gluon.jit
 def take_scale(ring, slot, band: gl.constexpr, chunk, group: gl.constexpr, P: gl.constexpr):
-    """fp32 [128], in the order of a band's rows: the scales of a group of a chunk."""
+    """fp32 [rows], in the order of a band's rows: the scales of a group of a chunk."""
     W: gl.constexpr = P.weights
     TYPE: gl.constexpr = P.scale_type
+    WARPS: gl.constexpr = P.variant.warps
     own = ring[SCALES].index(slot * P.variant.bands + band)
     if W.scale == "block":
         # Two groups of a super-block, two numbers each, which all lanes of a row tile have.
-        L: gl.constexpr = _block_layout()
+        TEAMS: gl.constexpr = P.variant.teams
+        L: gl.constexpr = _block_layout(TEAMS)
         ALL: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L))
         low, high = own.slice(0, 2, 1).load(ALL), own.slice(2, 2, 1).load(ALL)
         words = gl.where(chunk & 2 != 0, high, low)
-        words = words[:, None, None, :] + gl.zeros([2, 4, 8, 2], gl.int32, L)
-        words = gl.convert_layout(words.reshape([8, 8, 2]), scale_layout(8, 2), assert_trivial=True)
+        words = words[:, None, None, :] + gl.zeros([TEAMS, 4, 8, 2], gl.int32, L)
+        words = words.reshape([WARPS, 8, 2])
+        words = gl.convert_layout(words, scale_layout(WARPS, 2), assert_trivial=True)
         rows = floats(words.to(gl.uint32, bitcast=True), W, TYPE)
     else:
-        words = _of_chunk(_load(own, False), chunk, P.words)
-        words = gl.convert_layout(words, scale_layout(8, words.shape[2]), assert_trivial=True)
+        words = _of_chunk(_load(own, False, P.variant.teams), chunk, P.words)
+        words = gl.convert_layout(words, scale_layout(WARPS, words.shape[2]), assert_trivial=True)
         rows = floats(words, W, TYPE)  # warps g b c
         if rows.shape[3] == 2:
             low, high = gl.split(rows)
             rows = high if group == 1 else low
-    return rows.reshape([8, 8, 2]).permute((0, 2, 1)).reshape([128])
+    return rows.reshape([WARPS, 8, 2]).permute((0, 2, 1)).reshape([16 * WARPS])
 
 
 @gluon.jit
@@ -203,8 +210,8 @@ def find_zeros(zero_ptr, expert, row_tile, P: gl.constexpr):
     for t in gl.static_range(BANDS):
         zero = 0
         if zero_ptr is not None:
-            warp, lane = zero_words(W, 8)
-            tile = gl.minimum(row_tile + 2 * t + warp // 4, P.row_tiles - 1)
+            warp, lane = zero_words(W, P.variant.warps)
+            tile = gl.minimum(row_tile + P.variant.teams * t + warp // 4, P.row_tiles - 1)
             matrix = expert * P.row_tiles + tile
             zero = gl.load(zero_ptr + matrix * 32 + (warp % 4 * 8 + lane))
         zeros = zeros + (zero,)

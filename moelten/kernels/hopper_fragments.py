@@ -17,7 +17,7 @@ _MOVE = gl.constexpr("mov.b32 $0, $2; mov.b32 $1, $3;")
 
 
 @gluon.constexpr_function
-def _bits(values):
+def powers(values):
     """Powers of two below `values`."""
     return [1 << i for i in range((values - 1).bit_length())]
 
@@ -31,9 +31,9 @@ def _repeat(dtype, count):
 def load_layout(warps, loads):
     """A row group's words of a chunk per warp, [warps, loads, 128]: 16 bytes per lane, load."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [0, 0, 2]] + [[0, b, 0] for b in _bits(loads)],
+        reg_bases=[[0, 0, 1], [0, 0, 2]] + [[0, b, 0] for b in powers(loads)],
         lane_bases=[[0, 0, 4 << i] for i in range(5)],
-        warp_bases=[[b, 0, 0] for b in _bits(warps)],
+        warp_bases=[[b, 0, 0] for b in powers(warps)],
         block_bases=[],
         shape=[warps, loads, 128],
     )
@@ -44,9 +44,9 @@ def _word_layout(warps, loads):
     """The same words as [warps, loads, g, t, x, h]; the last two are a load's four words."""
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 0]]
-        + [[0, b, 0, 0, 0, 0] for b in _bits(loads)],
+        + [[0, b, 0, 0, 0, 0] for b in powers(loads)],
         lane_bases=[[0, 0, 0, b, 0, 0] for b in (1, 2)] + [[0, 0, b, 0, 0, 0] for b in (1, 2, 4)],
-        warp_bases=[[b, 0, 0, 0, 0, 0] for b in _bits(warps)],
+        warp_bases=[[b, 0, 0, 0, 0, 0] for b in powers(warps)],
         block_bases=[],
         shape=[warps, loads, 8, 4, 2, 2],
     )
@@ -58,7 +58,7 @@ def pair_layout(warps):
     return gl.DistributedLinearLayout(
         reg_bases=[],
         lane_bases=[[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        warp_bases=[[b, 0, 0] for b in _bits(warps)],
+        warp_bases=[[b, 0, 0] for b in powers(warps)],
         block_bases=[],
         shape=[warps, 8, 4],
     )
@@ -68,9 +68,9 @@ def pair_layout(warps):
 def scale_layout(warps, words):
     """Row parameters that multiply sums, [warps, g, words]; a quad has the same ones."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, b] for b in _bits(words)],
+        reg_bases=[[0, 0, b] for b in powers(words)],
         lane_bases=[[0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        warp_bases=[[b, 0, 0] for b in _bits(warps)],
+        warp_bases=[[b, 0, 0] for b in powers(warps)],
         block_bases=[],
         shape=[warps, 8, words],
     )
@@ -82,7 +82,7 @@ def token_layout(warps, tokens):
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 1], [0, 0, 2], [1, 0, 0]] + [[0, b, 0] for b in (8, 16) if b < tokens],
         lane_bases=[[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        warp_bases=[[2 * b, 0, 0] for b in _bits(warps)],
+        warp_bases=[[2 * b, 0, 0] for b in powers(warps)],
         block_bases=[],
         shape=[2 * warps, tokens, 16],
     )
@@ -91,9 +91,9 @@ def token_layout(warps, tokens):
 @gluon.constexpr_function
 def sum_layout(warps, tokens):
     """Sums [warps, row group, b, g, tokens]: a lane has those of all warps, and gate beside up."""
-    spread, own = _bits(tokens), len(_bits(warps))
+    spread, own = powers(tokens), len(powers(warps))
     return gl.DistributedLinearLayout(
-        reg_bases=[[b, 0, 0, 0, 0] for b in _bits(warps)]
+        reg_bases=[[b, 0, 0, 0, 0] for b in powers(warps)]
         + [[0, 0, 1, 0, 0]]
         + [[0, 0, 0, 0, b] for b in spread[own:]],
         lane_bases=[[0, 0, 0, b, 0] for b in (1, 2, 4)] + [[0, b, 0, 0, 0] for b in (1, 2)],
@@ -224,12 +224,18 @@ def floats(words, W: gl.constexpr, TYPE: gl.constexpr):
     return values.permute((0, 1, 3, 2))
 
 
+@gluon.constexpr_function
+def _rows(layout):
+    return 16 * layout.warps_per_cta[0]
+
+
 @gluon.jit
 def no_sums(COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
-    """So many tensors of sums of a band, [128, tokens], before anything is added."""
+    """So many tensors of sums of a band, [rows, tokens], before anything is added."""
+    ROWS: gl.constexpr = _rows(LAYOUT)
     sums = ()
     for _ in gl.static_range(COUNT):
-        sums = sums + (gl.zeros([128, TOKENS], gl.float32, LAYOUT),)
+        sums = sums + (gl.zeros([ROWS, TOKENS], gl.float32, LAYOUT),)
     return sums
 
 

@@ -150,7 +150,7 @@ def prefill_gemm(
         None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles, len(x.data),
         variant.steps(matrix.columns), awaited, epilogue.bias, table, epilogue.post_scale, out,
-        *numbers, P=problem, num_warps=8, maxnreg=variant.registers, launch_pdl=True,
+        *numbers, P=problem, num_warps=variant.warps, maxnreg=variant.registers, launch_pdl=True,
     )  # fmt: skip
 
 

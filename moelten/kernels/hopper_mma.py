@@ -121,7 +121,7 @@ def warp_sums(
                 rest = rest + (waiting,)
             acc = sums
             part = rest
-        leave(slot)
+        leave(slot, P)
         turn += 1
     out = ()
     for t in gl.static_range(BANDS):

@@ -4,12 +4,13 @@
 
 Programs stay on their multiprocessors and walk through pieces of work: `tiles` times 64 rows of one
 expert's matrix by up to `block` of its tokens. One warp brings packed weights and activations
-(`hopper_ring`) while two warpgroups, each with one row tile of every band of two, decode weights in
-registers and multiply from there. They run the same instructions: two loops, one each, are more
+(`hopper_ring`) while two or four warpgroups, each with one row tile of every band, decode weights
+in registers and multiply from there. They run the same instructions: two loops, one each, are more
 than the caches of instructions hold, which on H200 takes up to 40 % of the time. Products are made
-by instructions of whole warpgroups for many tokens (`hopper_wgmma`), of single warps for few
-(`hopper_mma`). Activations come sorted by expert, columns in the order of operands, so that a
-tile's are one block of memory. What a tile costs grows by units of a few tokens.
+by instructions of whole warpgroups for many tokens (`hopper_wide`) and for less than about a
+hundred (`hopper_narrow`), of single warps for few (`hopper_mma`). Activations come sorted by
+expert, columns in the order of operands, so that a tile's are one block of memory. What a tile
+costs grows by units of a few tokens.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from moelten.kernels.hopper_fragments import no_sums
-from moelten.kernels.hopper_mma import warp_sums
-from moelten.kernels.hopper_products import find, number_memory
-from moelten.kernels.hopper_results import announce, finish_piece
+from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
+from moelten.kernels.hopper_narrow import narrow_sums
+from moelten.kernels.hopper_products import find, number_memory, sums_layout
+from moelten.kernels.hopper_results import announce, finish_piece, row_factors
 from moelten.kernels.hopper_ring import leave, place_of, produce, take_work
-from moelten.kernels.hopper_wgmma import warpgroup_sums
+from moelten.kernels.hopper_wide import wide_sums
 
 # Of a thread of the producer; those of the warpgroups have what it leaves.
 _REGISTERS = gl.constexpr(32)
@@ -44,7 +46,8 @@ def _sums(
     N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """A piece of work of so many tokens and bands: a block's sums of each band there may be."""
-    SUMS_OF: gl.constexpr = warp_sums if P.variant.by_warp else warpgroup_sums
+    FEW: gl.constexpr = warp_sums if P.variant.by_warp else narrow_sums
+    SUMS_OF: gl.constexpr = FEW if P.variant.few else wide_sums
     acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
     ALL: gl.constexpr = P.variant.bands
     HELD: gl.constexpr = P.held
@@ -84,14 +87,22 @@ def _multiply_piece(
     BLOCK: gl.constexpr = P.variant.block
     tokens = stop - first
     steps = _opaque(steps)
+    SUMS: gl.constexpr = WARP_SUMS if P.variant.by_warp else sums_layout(P.variant.warps)
+    # Asked for before they are needed, where there are registers to hold them.
+    EARLY: gl.constexpr = P.variant.few and P.variant.programs == 1
+    rows = 0
+    if EARLY:
+        rows = row_factors(epilogue, expert.to(gl.int64), row_tile, SUMS, P)
     announce(epilogue, expert.to(gl.int64), row_tile, P)
-    if P.uneven and row_tile + BANDS >= P.row_tiles:
+    if P.uneven and row_tile + P.variant.tiles // 2 >= P.row_tiles:
         # Half the bands of the last piece, for which one number of tokens does.
         acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, BLOCK, BANDS // 2, P)
     else:
         acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, tokens, 0, P)
     first, expert = _opaque(first), _opaque(expert).to(gl.int64)
-    finish_piece(acc, epilogue, expert, first, stop, row_tile, P)
+    if not EARLY:
+        rows = row_factors(epilogue, expert, row_tile, SUMS, P)
+    finish_piece(acc, rows, epilogue, expert, first, stop, row_tile, P)
     return turn
 
 
@@ -106,25 +117,25 @@ def _consume(ring, work, zero_ptr, epilogue, steps, P: gl.constexpr):
         )
         expert, first, stop, row_tile = take_work(ring, work, turn, P)
     if P.chained and P.ordered:
-        leave(place_of(turn, P)[0])
+        leave(place_of(turn, P)[0], P)
 
 
 @gluon.jit
 def _by_band(boxes, desc, P: gl.constexpr):
-    """Boxes of a descriptor, cut into those of a band's two row tiles."""
+    """Boxes of a descriptor, cut into those of a band's row tiles."""
     if desc is None:
         return 0
     else:
         COUNT: gl.constexpr = P.variant.slots * P.variant.bands
-        SHAPE: gl.constexpr = [COUNT, 2 * desc.block_shape[2], desc.block_shape[3]]
+        SHAPE: gl.constexpr = [COUNT, P.variant.teams * desc.block_shape[2], desc.block_shape[3]]
         return boxes._reinterpret(desc.dtype, SHAPE, gl.NVMMASharedLayout(0, 32, 2))
 
 
 @gluon.jit
 def _words(boxes, desc, P: gl.constexpr):
-    """`_by_band` of words, [2 row tiles, rows, 32]."""
+    """`_by_band` of words, [row tiles, rows, 32]."""
     COUNT: gl.constexpr = P.variant.slots * P.variant.bands
-    SHAPE: gl.constexpr = [COUNT, 2, desc.block_shape[2], desc.block_shape[3]]
+    SHAPE: gl.constexpr = [COUNT, P.variant.teams, desc.block_shape[2], desc.block_shape[3]]
     L: gl.constexpr = gl.NVMMASharedLayout(128, 32, 3)
     return boxes._reinterpret(desc.dtype, SHAPE, L)
 
@@ -147,7 +158,7 @@ def _room(desc, COUNT: gl.constexpr):
 @gluon.jit
 def _scales(boxes, desc, P: gl.constexpr):
     """`_by_band` of scales; of blocks 32 words for each row tile, of which the first four count."""
-    SHAPE: gl.constexpr = [P.variant.slots * P.variant.bands, 2, 32]
+    SHAPE: gl.constexpr = [P.variant.slots * P.variant.bands, P.variant.teams, 32]
     if P.weights.scale == "block":
         return boxes._reinterpret(gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     else:
@@ -159,7 +170,7 @@ def _by_group(boxes, P: gl.constexpr):
     """The boxes of scales of activations, in memory's order, and behind them one of ones."""
     COUNT: gl.constexpr = P.variant.slots * P.variant.x_groups
     SHAPE: gl.constexpr = [COUNT + 1, P.variant.block, 4]
-    L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [8, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [gl.num_warps(), 1], [1, 0])
     if P.variant.grouped:
         scales = boxes._reinterpret(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         scales.index(COUNT).store(gl.full([P.variant.block, 4], 1.0, gl.float32, L))

@@ -17,9 +17,14 @@ from triton.experimental.gluon import language as gl
 # Tokens of a tensor of sums, and its registers of a thread; the left operand's are as many.
 TOKENS = gl.constexpr(16)
 _REGISTERS = 8
-SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 16, 16]))
 # Of a descriptor of rows of 128 bytes, K contiguous: 8 rows are a kilobyte, bytes swizzled by 128.
 _LOW, _HIGH = gl.constexpr(1 << 16), 64 | 1 << 30
+
+
+@gluon.constexpr_function
+def sums_layout(warps):
+    """Sums [16 * warps, 16]."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, 16, 16])
 
 
 @gluon.constexpr_function
@@ -65,9 +70,9 @@ def _types(count):
 
 @gluon.jit
 def multiply(acc, left, x, N: gl.constexpr, PLACES: gl.constexpr, OPERAND: gl.constexpr):
-    """Sums [128, 16] of N tokens, a multiple of 8, + some halves of a band's chunks @ x: in flight.
+    """Sums [rows, 16] of N tokens, a multiple of 8, + halves of a band's chunks @ x: in flight.
 
-    left:   of each half the registers of its 32 columns (`hopper_fragments`), uint32 [128, 16] in
+    left:   of each half the registers of its 32 columns (`hopper_fragments`), uint32 [rows, 16] in
             the layout of sums
     x:      where activations begin
     PLACES: how far behind that those of each half do
@@ -77,7 +82,7 @@ def multiply(acc, left, x, N: gl.constexpr, PLACES: gl.constexpr, OPERAND: gl.co
     CONSTRAINTS: gl.constexpr = _constraints(COUNT, PLACES)
     TYPES: gl.constexpr = _types(COUNT)
     low = (x & 0x3FFFF) >> 4 | _LOW
-    low = gl.full([128, 16], 0, gl.int32, SUMS) + low
+    low = gl.full(acc[0].shape, 0, gl.int32, acc[0].type.layout) + low
     return gl.inline_asm_elementwise(
         PTX, CONSTRAINTS, acc + left + (low,), TYPES, is_pure=False, pack=8
     )

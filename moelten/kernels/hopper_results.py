@@ -23,7 +23,7 @@ def _store_ordered(y, out_ptr, first, stop, n0, P: gl.constexpr):
     WIDTH: gl.constexpr = P.width
     VECTOR: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     L: gl.constexpr = gl.BlockedLayout(
-        [1, VECTOR], [32 * VECTOR // OUTPUTS, OUTPUTS // VECTOR], [8, 1], [1, 0]
+        [1, VECTOR], [32 * VECTOR // OUTPUTS, OUTPUTS // VECTOR], [gl.num_warps(), 1], [1, 0]
     )
     y = y.to(out_ptr.dtype.element_ty)
     y = y.reshape([OUTPUTS // 32, 4, 2, 2, 2, TOKENS]).permute((5, 0, 2, 3, 1, 4))
@@ -36,13 +36,13 @@ def _store_ordered(y, out_ptr, first, stop, n0, P: gl.constexpr):
 
 @gluon.jit
 def _together(acc, start: gl.constexpr, COUNT: gl.constexpr):
-    """Some of the sums, [128, tokens], as one tensor."""
+    """Some of the sums, [rows, tokens], as one tensor."""
     if COUNT == 1:
         return acc[start]
     else:
         HALF: gl.constexpr = COUNT // 2
         low, high = _together(acc, start, HALF), _together(acc, start + HALF, HALF)
-        return gl.join(low, high).permute((0, 2, 1)).reshape([128, 2 * low.shape[1]])
+        return gl.join(low, high).permute((0, 2, 1)).reshape([low.shape[0], 2 * low.shape[1]])
 
 
 @gluon.jit
@@ -90,11 +90,13 @@ def _finish_band(
     ACTIVATION: gl.constexpr = P.activation
     sums = _together(acc, band * P.held + i * COUNT, COUNT)
     if row_scale_ptr is not None:
-        sums = sums * rows[band]
+        own = rows[band].reshape([sums.shape[0]])
+        own = gl.convert_layout(own, gl.SliceLayout(1, sums.type.layout), assert_trivial=True)
+        sums = sums * own.expand_dims(1)
     if x_scale_ptr is not None:
         sums = sums * tokens
     return finish(
-        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile + 2 * band, 0,
+        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile + P.variant.teams * band, 0,
         alpha, beta, limit, P.rows, W, P.halves, ACTIVATION, P.limited,
     )  # fmt: skip
 
@@ -106,34 +108,46 @@ def _finish_part(
     """What follows the i-th 32 tokens' sums, which begin at position `first`."""
     _, _, _, _, _, out_ptr, _, _, _ = epilogue
     WHOLE: gl.constexpr = P.row_tiles % P.variant.tiles == 0
-    SET: gl.constexpr = 1 if P.ordered else 2  # bands that are stored together
+    # Bands that are stored together: 256 rows for the order of sums.
+    SET: gl.constexpr = 1 if P.ordered else 4 // P.variant.teams
     SETS: gl.constexpr = P.variant.bands // SET
     for s in gl.static_range(SETS):
-        tile = row_tile + 2 * SET * s
+        tile = row_tile + P.variant.teams * SET * s
         if WHOLE or tile < P.row_tiles:
-            y = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, s * SET, i, P)
+            bands = ()
+            for b in gl.static_range(s * SET, (s + 1) * SET):
+                y = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, b, i, P)
+                bands = bands + (y,)
             if P.ordered:
-                _store_ordered(y, out_ptr, first, stop, tile * (64 // P.halves), P)
+                _store_ordered(bands[0], out_ptr, first, stop, tile * (64 // P.halves), P)
             else:
-                z = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, s * SET + 1, i, P)
-                store_sums(y, z, out_ptr, first, stop, tile * 64, P.width)
+                store_sums(bands, out_ptr, first, stop, tile * 64, P.width)
 
 
 @gluon.jit
-def finish_piece(acc, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
-    """What follows the sums of a piece of work; scales are asked for all at once."""
-    row_scale_ptr, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
-    COUNT: gl.constexpr = 32 // P.variant.unit
-    PARTS: gl.constexpr = P.held // COUNT
-    L: gl.constexpr = _together(acc, 0, COUNT).type.layout
-    rows = ()
-    tokens = ()
+def row_factors(epilogue, expert, row_tile, L: gl.constexpr, P: gl.constexpr):
+    """What scales the rows of each band of a piece of work, for sums of a layout; 0 for none."""
+    row_scale_ptr, _, _, _, _, _, _, _, _ = epilogue
+    ROWS: gl.constexpr = 16 * P.variant.warps
     BANDS: gl.constexpr = P.variant.bands
+    rows = ()
     for b in gl.static_range(BANDS):
         own = 0
         if row_scale_ptr is not None:
-            own = over_rows(row_scale_ptr, expert, row_tile + 2 * b, 128, P.row_tiles, L)
+            tile = row_tile + P.variant.teams * b
+            own = over_rows(row_scale_ptr, expert, tile, ROWS, P.row_tiles, L)
         rows = rows + (own,)
+    return rows
+
+
+@gluon.jit
+def finish_piece(acc, rows, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
+    """What follows the sums of a piece of work, whose `row_factors` are given."""
+    _, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
+    COUNT: gl.constexpr = 32 // P.variant.unit
+    PARTS: gl.constexpr = P.held // COUNT
+    L: gl.constexpr = _together(acc, 0, COUNT).type.layout
+    tokens = ()
     for i in gl.static_range(PARTS):
         own = 0
         if x_scale_ptr is not None:

@@ -2,8 +2,8 @@
 
 A ring of slots, each with a stage: some chunks of 64 columns of several row tiles, their row
 parameters of the whole super-block, and the activations of up to a tile's tokens. One warp fills
-it with bulk copies; eight others take bands of row tiles from there (`hopper_bands`). A slot is
-full when all its bytes have come, and empty when all eight say so.
+it with bulk copies; eight or sixteen others take bands of row tiles from there (`hopper_bands`). A
+slot is full when all its bytes have come, and empty when all of them say so.
 
 A ring is a tuple of buffers, for every slot: words of codes, scales and zero points of each row
 tile, activations x and their scales; then the barriers that are passed when a slot is full, or, for
@@ -26,9 +26,9 @@ from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slot_by
 WORDS, SCALES, ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 X, X_SCALES = gl.constexpr(3), gl.constexpr(4)
 FULL, FULL_AT = gl.constexpr(5), gl.constexpr(6)
-# Barriers of the multiprocessor that say that slots are empty: the last of 16. Eight warps arrive,
-# one waits, but not for slots that were never full.
-_BARRIER, _THREADS = 8, 9 * 32
+# Barriers of the multiprocessor that say that slots are empty: the last of 16. All warps that
+# multiply arrive, one waits, but not for slots that were never full.
+_BARRIER = 8
 # Pieces of each program, about, that do not come by turns.
 _LAST = gl.constexpr(2)
 _WAIT = gl.constexpr(
@@ -49,14 +49,6 @@ _UNTIL = gl.constexpr(
 _EXPECT = gl.constexpr(
     """{.reg .pred p; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
     @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.b32 $0, $2;}"""
-)
-_ARRIVE = gl.constexpr(
-    f"{{.reg .b32 at; add.u32 at, $1, {_BARRIER}; barrier.cta.arrive.aligned at, {_THREADS};"
-    "mov.b32 $0, $1;}"
-)
-_SYNC = gl.constexpr(
-    f"{{.reg .b32 at; .reg .pred p; add.u32 at, $1, {_BARRIER}; setp.ge.s32 p, $2, 0;"
-    f"@p barrier.cta.sync.aligned at, {_THREADS}; mov.b32 $0, $1;}}"
 )
 OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
 # Its name in later Tritons, and in 3.6.
@@ -130,13 +122,13 @@ class Problem(Gemm):
     def widths(self) -> tuple[int, ...]:
         """Numbers of tokens that are multiplied: for each there is a loop to compile.
 
-        Large tiles have few tokens only where a whole expert has; and an instruction of a warpgroup
-        takes no less for 8 or 16 than for 24.
+        Larger tiles have few tokens only where a whole expert has; and an instruction of a
+        warpgroup takes no less for 8 or 16 than for 24.
         """
         if self.variant.by_warp:
             return tuple(range(8, self.variant.block + 1, 8))
         if self.variant.few:
-            return tuple(range(24, self.variant.block + 1, 8))
+            return tuple(range(24 if self.most == 4 else 48, self.variant.block + 1, 8))
         return tuple(range(64, self.variant.block + 1, 16))
 
     @property
@@ -147,7 +139,8 @@ class Problem(Gemm):
         """
         rest = self.row_tiles % self.variant.tiles
         multiplied_long = not self.variant.by_warp and self.groups == 1
-        return multiplied_long and 0 < rest <= self.variant.tiles // 2
+        halved = self.variant.bands > 1 and multiplied_long
+        return halved and 0 < rest <= self.variant.tiles // 2
 
     @property
     def spread(self) -> bool:
@@ -197,13 +190,30 @@ def wait_until_full(ring, place, pred=True):
     return slot
 
 
+@gluon.constexpr_function
+def _arrive(warps):
+    return (
+        f"{{.reg .b32 at; add.u32 at, $1, {_BARRIER};"
+        f"barrier.cta.arrive.aligned at, {32 * (warps + 1)}; mov.b32 $0, $1;}}"
+    )
+
+
+@gluon.constexpr_function
+def _sync(warps):
+    return (
+        f"{{.reg .b32 at; .reg .pred p; add.u32 at, $1, {_BARRIER}; setp.ge.s32 p, $2, 0;"
+        f"@p barrier.cta.sync.aligned at, {32 * (warps + 1)}; mov.b32 $0, $1;}}"
+    )
+
+
 @gluon.jit
-def leave(slot):
+def leave(slot, P: gl.constexpr):
     """This warp does not need what is in a slot any more.
 
     An arrival at one of the multiprocessor's barriers, for which warps do not wait for each other.
     """
-    gl.inline_asm_elementwise(_ARRIVE, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
+    PTX: gl.constexpr = _arrive(P.variant.warps)
+    gl.inline_asm_elementwise(PTX, "=r,r", [slot], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -226,8 +236,9 @@ def take_work(ring, work, turn, P: gl.constexpr):
 @gluon.jit
 def _wait_until_empty(turn, P: gl.constexpr):
     """Wait, once, until no warp needs what is in the slot of a turn."""
+    PTX: gl.constexpr = _sync(P.variant.warps)
     gl.inline_asm_elementwise(
-        _SYNC, "=r,r,r", [turn % P.variant.slots, turn - P.variant.slots], dtype=gl.int32,
+        PTX, "=r,r,r", [turn % P.variant.slots, turn - P.variant.slots], dtype=gl.int32,
         is_pure=False, pack=1,
     )  # fmt: skip
 

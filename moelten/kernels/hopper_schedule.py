@@ -19,8 +19,10 @@ _WANTED_PROGRAMS = 4 * 132
 _LEAST_STEPS = 4
 _MAX_SPLITS = 8
 _BLOCKS = (8, 16)
-# Of a tile of two bands: 160 registers of sums, of the 232 that a thread can have.
+# Of a tile of two bands: 160 registers of sums, of the 232 that each of 8 warps' threads can have.
 _MOST_TOKENS = 160
+# Pairs per expert of which few experts have more than 64.
+_MOST_NARROW = 53
 # Of a multiprocessor, for all its programs; of each the epilogue takes 16 KiB, barriers and pieces
 # of work 1 or 2, the driver 1.
 _SHARED_BYTES, _OTHER_BYTES = 228 << 10, 20 << 10
@@ -74,6 +76,7 @@ class WideVariant:
     block: most tokens of a tile, beside `tiles` row tiles of 64 rows
     slots, stage: slots in shared memory, of so many chunks of 64 columns
     by_warp: whether warps multiply by themselves
+    warps: that multiply, 8 or 16, whose threads have 232 or 112 registers
     grouped: whether activations have a scale for every 128 columns
     programs: of a multiprocessor
     """
@@ -83,6 +86,7 @@ class WideVariant:
     stage: int
     tiles: int = 4
     by_warp: bool = False
+    warps: int = 8
     grouped: bool = False
     programs: int = 1
     slots: int = 0
@@ -94,18 +98,23 @@ class WideVariant:
 
     @property
     def bands(self) -> int:
-        """Pairs of row tiles, of which each of two warpgroups has one."""
-        return self.tiles // 2
+        """Sets of row tiles, of which each warpgroup has one."""
+        return self.tiles // self.teams
+
+    @property
+    def teams(self) -> int:
+        """Warpgroups that multiply."""
+        return self.warps // 4
 
     @property
     def registers(self) -> int:
-        """The most of a thread when a program begins, which has 12 warps; they share them out."""
-        return (65536 // (384 * self.programs)) // 8 * 8
+        """The most of a thread when a program begins, with 4 warps more; they share them out."""
+        return 65536 // ((self.warps + 4) * 32 * self.programs) // 8 * 8
 
     @property
     def few(self) -> bool:
         """Whether tiles are of few tokens, so that memory is the limit sooner than products."""
-        return self.block <= 64
+        return self.by_warp or self.warps == 16
 
     @property
     def unit(self) -> int:
@@ -166,7 +175,8 @@ def choose_wide(
     keeps more programs busy, but what weights cost is decoded again and again. Others decode for 32
     tokens or more. Products of single warps take their time from decoding (H200: 6 cycles for 8
     tokens); those of whole warpgroups run beside it, but take as long for 8 tokens as for 24 (13
-    cycles; half a cycle for each of 32 and more). Measured on H200, in pairs per expert.
+    cycles; half a cycle for each of 32 and more). Sixteen warps hide better what each waits for,
+    eight have registers for more tokens. Measured on H200, in pairs per expert.
     """
     mean = pairs / num_experts
     few = operands_of(stored, few=True, x_scale=x_scale)
@@ -176,8 +186,9 @@ def choose_wide(
         return None
     if mean <= _some(few):
         variant = warp_variant(few, scale_type, columns)
-    elif mean <= 56 and _suits_narrow(few):
-        variant = narrow_variant(few, scale_type, _narrow_tiles(few, num_experts, columns))
+    elif mean <= _narrow(few, x_scale):
+        tile = _narrow_tile(few, mean, num_experts, columns)
+        variant = narrow_variant(few, scale_type, *tile)
     else:
         variant = wide_variant(operands_of(stored, few=False, x_scale=x_scale), scale_type)
     return with_groups(variant, scale_type) if x_scale == "group" else variant
@@ -242,17 +253,31 @@ def _some(stored: Storage) -> float:
     if stored.code.bits == 16:
         return 0
     if stored.scales_twice:
-        return 44
-    return 22 if stored.scale == "group" else 18
+        return 34
+    return 22 if stored.scale == "group" else 15
 
 
-def _suits_narrow(stored: Storage) -> bool:
-    """Whether some operands are decoded while others are multiplied.
+def _narrow(stored: Storage, x_scale: str) -> float:
+    """The most pairs per expert of sixteen warps; none where nothing is decoded.
 
-    Not where nothing is decoded; nor where sums change units twice in a chunk, since ptxas then
-    lets all products wait for each other.
+    Tiles of 64 tokens do for nearly all experts up to `_MOST_NARROW`, those of 96 up to 80, but
+    scales of activations are read for powers of two.
     """
-    return stored.code.bits < 16 and not stored.scales_twice
+    if stored.code.bits == 16:
+        return 0
+    return 80 if stored.code.bits == 4 and x_scale != "group" else _MOST_NARROW
+
+
+def _narrow_tile(
+    stored: Storage, mean: float, num_experts: int, columns: tuple[int, int]
+) -> tuple[int, int]:
+    """Tokens, and row tiles of sixteen warps: 8, so that fewer activations are read, of codes of 4
+    bits if there are registers for their sums and pieces enough for every multiprocessor."""
+    if mean > _MOST_NARROW:
+        return 96, 4
+    pieces = num_experts * _least_row_tiles(columns) // 8
+    large = stored.code.bits == 4 and not stored.scales_sums and pieces >= _WANTED_PROGRAMS
+    return 64, 8 if large else 4
 
 
 def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
@@ -269,15 +294,12 @@ def wide_variant(stored: Storage, scale_type: str) -> WideVariant:
     return variant
 
 
-def narrow_variant(stored: Storage, scale_type: str, tiles: int = 8) -> WideVariant:
-    """Fewer tokens, of which there are sums of more rows: fewer activations are read."""
-    return _fitted(WideVariant(stored, 64, 2, tiles=tiles), scale_type)
-
-
-def _narrow_tiles(stored: Storage, num_experts: int, columns: tuple[int, int]) -> int:
-    """8 for codes of 4 bits, if pieces are enough for every multiprocessor, else 4."""
-    pieces = num_experts * _least_row_tiles(columns) // 8
-    return 8 if stored.code.bits == 4 and pieces >= _WANTED_PROGRAMS else 4
+def narrow_variant(
+    stored: Storage, scale_type: str, block: int = 64, tiles: int = 8
+) -> WideVariant:
+    """Sixteen warps. Stages are 32 KiB of codes, or 16 beside 96 tokens: fewer are waited for."""
+    stage = 64 * 64 // (stored.code.bits * tiles * block)
+    return _fitted(WideVariant(stored, block, stage, tiles=tiles, warps=16), scale_type)
 
 
 def warp_variant(

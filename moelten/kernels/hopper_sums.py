@@ -35,12 +35,13 @@ _SHORTEN = gl.constexpr(
 
 
 @gluon.constexpr_function
-def _in_order():
-    """Every second of 8 tokens, two bands' sums each, [4, 256], in the order of sums."""
+def _in_order(bands):
+    """Every second of 8 tokens, [4, 256], in the order of sums: two bands of half as many rows each
+    are a lane's, one of all rows is of twice as many warps."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2]],
+        reg_bases=[[0, 1], [0, 2]][:bands],
         lane_bases=[[1, 0], [2, 0], [0, 4], [0, 8], [0, 16]],
-        warp_bases=[[0, 32], [0, 64], [0, 128]],
+        warp_bases=[[0, 32], [0, 64], [0, 128], [0, 2]][: 5 - bands],
         block_bases=[],
         shape=[4, 256],
     )
@@ -57,30 +58,36 @@ def _split(y):
 
 
 @gluon.jit
-def _store_fours(y, at, left, token: gl.constexpr, WIDTH: gl.constexpr):
+def _store_short(y, at, left, token: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
     """Every second of 8 tokens' sums, from the one on that is so far behind."""
-    y = gl.convert_layout(y, _in_order(), assert_trivial=True)
+    y = gl.convert_layout(y, L, assert_trivial=True)
     y = gl.inline_asm_elementwise(_SHORTEN, "=r,f,f", [y], dtype=gl.uint16, is_pure=True, pack=2)
     gl.store(at + token * (WIDTH // 2), y, mask=left > token)
 
 
 @gluon.jit
-def store_sums(low, high, out_ptr, first, stop, n0, WIDTH: gl.constexpr):
-    """Two bands' [128, positions first ..] to memory, 8 bytes per lane and token.
+def store_sums(bands, out_ptr, first, stop, n0, WIDTH: gl.constexpr):
+    """Sums of 256 outputs, two bands or one, [rows, positions first ..], to memory: 8 bytes per
+    lane and token, or 4.
 
     WIDTH: bytes of a row (`hopper_schedule.slot_bytes`)
 
     A lane has one address, from where its other tokens are at constant distances.
     """
-    L: gl.constexpr = _in_order()
-    y = gl.join(low, high).reshape([8, 2, 8, 2, 2, 4, 2, 2])  # w, h, g, of tokens 16, 8, 2, 1; b
-    tokens = _split(y.permute((5, 0, 2, 7, 1, 6, 4, 3)).reshape([4, 256, 2, 2, 2]))
+    L: gl.constexpr = _in_order(len(bands))
+    # Axes w h g, tokens 16 8 2 1, b; or b first.
+    if len(bands) == 2:
+        y = gl.join(bands[0], bands[1]).reshape([8, 2, 8, 2, 2, 4, 2, 2])
+        y = y.permute((5, 0, 2, 7, 1, 6, 4, 3))
+    else:
+        y = bands[0].reshape([2, 8, 2, 8, 2, 2, 4, 2]).permute((6, 1, 3, 0, 2, 7, 5, 4))
+    tokens = _split(y.reshape([4, 256, 2, 2, 2]))
     position = first + 2 * gl.arange(0, 4, gl.SliceLayout(1, L))[:, None]
     n = n0 + gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
     at = out_ptr.to(gl.pointer_type(gl.uint16)) + position.to(gl.int64) * (WIDTH // 2) + n
     left = stop - position
     for i in gl.static_range(8):
-        _store_fours(tokens[i], at, left, i // 2 * 8 + i % 2, WIDTH)
+        _store_short(tokens[i], at, left, i // 2 * 8 + i % 2, WIDTH, L)
 
 
 @triton.jit

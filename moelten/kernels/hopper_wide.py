@@ -1,0 +1,161 @@
+"""Sums of a tile of many tokens, by eight warps, in Gluon.
+
+Two warps share each quarter of a multiprocessor, and most of a thread's registers are sums, so that
+weights are decoded for many tokens at once. A part of a band is multiplied while another band's is
+decoded. Each number of tokens, in steps of 16, has a loop of its own, as an instruction takes half
+a cycle for every token (H200).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
+
+from moelten.kernels.hopper_bands import find_zeros
+from moelten.kernels.hopper_fragments import no_sums
+from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
+from moelten.kernels.hopper_products import TOKENS, sums_layout
+from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
+from moelten.kernels.hopper_units import first_unit, in_units, out_of_units
+
+
+@gluon.jit
+def _ask(ring, slot, turn: gl.constexpr, BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr):
+    """What a turn of a stage decodes, if it does."""
+    if turn // BANDS % P.groups == 0:
+        return ask(ring, slot, turn % BANDS, turn // BANDS // P.groups * SPAN, SPAN, P)
+    else:
+        return ()
+
+
+@gluon.jit
+def _end_block(turn):
+    """The same number. It is never negative, which the compiler does not know: so a basic block
+    ends here, and what was decoded before does not sink below the wait that follows."""
+    return gl.inline_asm_elementwise(
+        """{.reg .pred p;
+        again_${:uid}: setp.ge.s32 p, $1, 0; @p bra done_${:uid};
+        nanosleep.u32 20; bra again_${:uid};
+        done_${:uid}: mov.b32 $0, $1;}""",
+        "=r,r",
+        [turn],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _prepare(
+    acc, unit, a, loaded, ring, zero, slot, x_slot, chunk, turn: gl.constexpr,
+    BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """What a turn of a stage, which begins with a chunk, needs: (sums, their units, operands)."""
+    BAND: gl.constexpr = turn % BANDS
+    PART: gl.constexpr = turn // BANDS
+    GROUP: gl.constexpr = PART % P.groups
+    C: gl.constexpr = PART // P.groups * SPAN
+    if P.scaled and C % P.served == 0:
+        sums, own = in_units(
+            acc[BAND], unit[BAND], ring, slot, BAND, chunk + C, GROUP, x_slot, C // 2, P
+        )  # fmt: skip
+        acc = put(acc, BAND, sums, BANDS)
+        unit = put(unit, BAND, own, BANDS)
+    if GROUP == 0:
+        a = put(a, BAND, decode(loaded, zero[BAND], chunk + C, P), BANDS)
+    return acc, unit, a
+
+
+@gluon.jit
+def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
+    """Wait for a band's products, and for no more than so many later ones.
+
+    BANDS: of acc; without them Triton takes one band of 8 tensors for two of 4
+    """
+    return put(acc, band, warpgroup_mma_wait(others, deps=acc[band]), BANDS)
+
+
+@gluon.jit
+def _next_slot(ring, slot, turn, more, P: gl.constexpr):
+    """The next stage's slot, when it is full; after the last stage its own again, whose scales make
+    factors of 1 and whose operands are of no use."""
+    return gl.where(more, wait_until_full(ring, place_of(turn + 1, P), more), slot)
+
+
+@gluon.jit
+def _stage(
+    acc, unit, first, ring, zero, slot, turn, chunk, more,
+    N: gl.constexpr, BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """A stage, which begins with a chunk, and what of the next one is decoded before it ends.
+
+    first: operands of its first turn
+
+    Returns sums and their units, operands of the next stage's first turn, and its slot.
+    """
+    STAGE: gl.constexpr = P.variant.stage
+    TURNS: gl.constexpr = BANDS * P.groups * (STAGE // SPAN)
+    a = (first,) * BANDS
+    before = slot
+    for i in gl.static_range(TURNS):
+        now = multiply_part(acc[i % BANDS], a[i % BANDS], ring, before, i // BANDS, N, SPAN, P)
+        acc = put(acc, i % BANDS, now, BANDS)
+        if BANDS == 1:
+            acc = _wait(acc, 0, 0, BANDS)
+        if i > 0:
+            acc = _wait(acc, (i - 1) % BANDS, 1, BANDS)
+        if i + 1 == TURNS:
+            slot = _next_slot(ring, slot, turn, more, P)
+        loaded = _ask(ring, slot, (i + 1) % TURNS, BANDS, SPAN, P)
+        if i + 1 < TURNS:
+            acc, unit, a = _prepare(
+                acc, unit, a, loaded, ring, zero, slot, slot, chunk, i + 1, BANDS, SPAN, P
+            )  # fmt: skip
+    x_slot = gl.where(more, slot, P.variant.slots)
+    after = gl.minimum(chunk + STAGE, P.chunks - 1)
+    acc, unit, a = _prepare(
+        acc, unit, a, loaded, ring, zero, slot, x_slot, after, 0, BANDS, SPAN, P
+    )  # fmt: skip
+    turn = _end_block(turn)
+    acc = _wait(acc, (TURNS - 1) % BANDS, 0, BANDS)
+    leave(before, P)
+    return acc, unit, a[0], slot, turn + 1
+
+
+@gluon.jit
+def wide_sums(
+    ring, turn, zero_ptr, expert, row_tile, steps,
+    N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """Sums [128, 16] of a piece's first bands, band after band, of so many tokens.
+
+    ring: with a number for the activations: where they begin (`hopper_products.find`)
+
+    Bands take turns, part after part: a chunk, one of its groups, or, where one band's sums leave
+    registers for more operands, a stage. While one multiplies, the one whose turn is next is
+    decoded, and its sums are brought to its next scales; within a stage it begins before the other
+    is waited for. Not so at its end, as ptxas keeps nothing in flight around a loop that other
+    registers of operands are written in; then the other warpgroup's products fill the gap.
+    """
+    STAGE: gl.constexpr = P.variant.stage
+    SPAN: gl.constexpr = P.served if BANDS == 1 else 1
+    SUMS: gl.constexpr = sums_layout(P.variant.warps)
+    start = turn * 0
+    slot = wait_until_full(ring, place_of(turn, P))
+    zero = find_zeros(zero_ptr, expert, row_tile, P)
+    acc = ()
+    unit = ()
+    for b in gl.static_range(BANDS):
+        acc = acc + (no_sums(-(-N // TOKENS), TOKENS, SUMS),)
+        unit = unit + (first_unit(ring, slot, b, start, P),)
+    first = decode(_ask(ring, slot, 0, BANDS, SPAN, P), zero[0], start, P)
+    for step in range(steps):
+        acc, unit, first, slot, turn = _stage(
+            acc, unit, first, ring, zero, slot, turn, step * STAGE, step + 1 < steps,
+            N, BANDS, SPAN, P,
+        )  # fmt: skip
+    out = ()
+    for b in gl.static_range(BANDS):
+        out = out + out_of_units(acc[b], unit[b], P)
+    return out, turn
