@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
-from moelten.kernels.hopper_bands import find_zeros
+from moelten.kernels.hopper_bands import find_zeros, take_scale
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
 from moelten.kernels.hopper_products import TOKENS, sums_layout
@@ -31,10 +31,8 @@ def _stage(
     for i in gl.static_range(CHUNKS * BANDS * G):
         own, its = acc[i // G % BANDS], unit[i // G % BANDS]
         if P.scaled and i // G // BANDS % P.served == 0:
-            own, its = in_units(
-                own, its, ring, slot, i // G % BANDS, chunk + i // G // BANDS, i % G,
-                slot, i // G // BANDS // 2, P,
-            )  # fmt: skip
+            scale = take_scale(ring, slot, i // G % BANDS, chunk + i // G // BANDS, i % G, P)
+            own, its = in_units(own, its, scale, ring, slot, i // G // BANDS // 2, P)
         if i % G == 0:
             asked = ask(ring, slot, i // G % BANDS, i // G // BANDS, 1, P)
             a = decode(asked, zero[i // G % BANDS], chunk + i // G // BANDS, P)

@@ -25,17 +25,14 @@ def first_unit(ring, slot, band: gl.constexpr, chunk, P: gl.constexpr):
 
 
 @gluon.jit
-def in_units(
-    acc, unit, ring, slot, band: gl.constexpr, chunk, group: gl.constexpr,
-    x_slot, x_group: gl.constexpr, P: gl.constexpr,
-):  # fmt: skip
-    """A band's sums in units of the scales of a group of a chunk: (sums, the rows' units).
+def in_units(acc, unit, scale, ring, slot, group: gl.constexpr, P: gl.constexpr):
+    """A band's sums in units of other scales, fp32 [rows]: (sums, the rows' units).
 
-    x_slot, x_group: where the factors of tokens are, if any
+    slot, group: where the factors of tokens are, if any
     """
-    acc, unit = _rescale(acc, unit, take_scale(ring, slot, band, chunk, group, P))
+    acc, unit = _rescale(acc, unit, scale)
     if P.variant.grouped:
-        acc = _times_tokens(acc, ring, x_slot, x_group, P)
+        acc = _times_tokens(acc, ring, slot, group, P)
     return acc, unit
 
 

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
-from moelten.kernels.hopper_bands import find_zeros
+from moelten.kernels.hopper_bands import find_zeros, take_scale
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
 from moelten.kernels.hopper_products import TOKENS, sums_layout
@@ -48,7 +48,7 @@ def _end_block(turn):
 
 @gluon.jit
 def _prepare(
-    acc, unit, a, loaded, ring, zero, slot, x_slot, chunk, turn: gl.constexpr,
+    acc, unit, a, loaded, ring, zero, slot, x_slot, chunk, more, turn: gl.constexpr,
     BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
     """What a turn of a stage, which begins with a chunk, needs: (sums, their units, operands)."""
@@ -57,9 +57,11 @@ def _prepare(
     GROUP: gl.constexpr = PART % P.groups
     C: gl.constexpr = PART // P.groups * SPAN
     if P.scaled and C % P.served == 0:
-        sums, own = in_units(
-            acc[BAND], unit[BAND], ring, slot, BAND, chunk + C, GROUP, x_slot, C // 2, P
-        )  # fmt: skip
+        scale = take_scale(ring, slot, BAND, chunk + C, GROUP, P)
+        if P.groups == 2 and turn == 0:
+            # The unit that sums are in after the last stage is that of a second group.
+            scale = gl.where(more, scale, unit[BAND])
+        sums, own = in_units(acc[BAND], unit[BAND], scale, ring, x_slot, C // 2, P)
         acc = put(acc, BAND, sums, BANDS)
         unit = put(unit, BAND, own, BANDS)
     if GROUP == 0:
@@ -78,8 +80,8 @@ def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
 
 @gluon.jit
 def _next_slot(ring, slot, turn, more, P: gl.constexpr):
-    """The next stage's slot, when it is full; after the last stage its own again, whose scales make
-    factors of 1 and whose operands are of no use."""
+    """The next stage's slot, when it is full; after the last stage its own again, whose scales
+    change no unit and whose operands are of no use."""
     return gl.where(more, wait_until_full(ring, place_of(turn + 1, P), more), slot)
 
 
@@ -110,12 +112,12 @@ def _stage(
         loaded = _ask(ring, slot, (i + 1) % TURNS, BANDS, SPAN, P)
         if i + 1 < TURNS:
             acc, unit, a = _prepare(
-                acc, unit, a, loaded, ring, zero, slot, slot, chunk, i + 1, BANDS, SPAN, P
+                acc, unit, a, loaded, ring, zero, slot, slot, chunk, more, i + 1, BANDS, SPAN, P
             )  # fmt: skip
     x_slot = gl.where(more, slot, P.variant.slots)
     after = gl.minimum(chunk + STAGE, P.chunks - 1)
     acc, unit, a = _prepare(
-        acc, unit, a, loaded, ring, zero, slot, x_slot, after, 0, BANDS, SPAN, P
+        acc, unit, a, loaded, ring, zero, slot, x_slot, after, more, 0, BANDS, SPAN, P
     )  # fmt: skip
     turn = _end_block(turn)
     acc = _wait(acc, (TURNS - 1) % BANDS, 0, BANDS)
