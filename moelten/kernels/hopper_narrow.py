@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from moelten.kernels.hopper_bands import find_zeros, take_scale
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
-from moelten.kernels.hopper_products import TOKENS, sums_layout
+from moelten.kernels.hopper_products import TOKENS, complete, sums_layout
 from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
 from moelten.kernels.hopper_units import first_unit, in_units, out_of_units
 
@@ -37,7 +36,7 @@ def _stage(
             asked = ask(ring, slot, i // G % BANDS, i // G // BANDS, 1, P)
             a = decode(asked, zero[i // G % BANDS], chunk + i // G // BANDS, P)
         own = multiply_part(own, a, ring, slot, i // G // BANDS * G + i % G, N, 1, P)
-        acc = put(acc, i // G % BANDS, warpgroup_mma_wait(0, deps=own), BANDS)
+        acc = put(acc, i // G % BANDS, complete(own, 0), BANDS)
         unit = put(unit, i // G % BANDS, its, BANDS)
     leave(slot, P)
     return acc, unit

@@ -20,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from moelten.kernels.gluon_names import reinterpret, wait_for_all
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
 from moelten.kernels.hopper_narrow import narrow_sums
@@ -128,7 +129,7 @@ def _by_band(boxes, desc, P: gl.constexpr):
     else:
         COUNT: gl.constexpr = P.variant.slots * P.variant.bands
         SHAPE: gl.constexpr = [COUNT, P.variant.teams * desc.block_shape[2], desc.block_shape[3]]
-        return boxes._reinterpret(desc.dtype, SHAPE, gl.NVMMASharedLayout(0, 32, 2))
+        return reinterpret(boxes, desc.dtype, SHAPE, gl.NVMMASharedLayout(0, 32, 2))
 
 
 @gluon.jit
@@ -137,7 +138,7 @@ def _words(boxes, desc, P: gl.constexpr):
     COUNT: gl.constexpr = P.variant.slots * P.variant.bands
     SHAPE: gl.constexpr = [COUNT, P.variant.teams, desc.block_shape[2], desc.block_shape[3]]
     L: gl.constexpr = gl.NVMMASharedLayout(128, 32, 3)
-    return boxes._reinterpret(desc.dtype, SHAPE, L)
+    return reinterpret(boxes, desc.dtype, SHAPE, L)
 
 
 @gluon.constexpr_function
@@ -160,7 +161,7 @@ def _scales(boxes, desc, P: gl.constexpr):
     """`_by_band` of scales; of blocks 32 words for each row tile, of which the first four count."""
     SHAPE: gl.constexpr = [P.variant.slots * P.variant.bands, P.variant.teams, 32]
     if P.weights.scale == "block":
-        return boxes._reinterpret(gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        return reinterpret(boxes, gl.int32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     else:
         return _by_band(boxes, desc, P)
 
@@ -172,9 +173,9 @@ def _by_group(boxes, P: gl.constexpr):
     SHAPE: gl.constexpr = [COUNT + 1, P.variant.block, 4]
     L: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [gl.num_warps(), 1], [1, 0])
     if P.variant.grouped:
-        scales = boxes._reinterpret(gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        scales = reinterpret(boxes, gl.float32, SHAPE, gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         scales.index(COUNT).store(gl.full([P.variant.block, 4], 1.0, gl.float32, L))
-        gl.thread_barrier()  # here, lest Gluon puts one into the loop
+        wait_for_all()  # here, lest Gluon puts one into the loop
         return scales
     else:
         return 0
@@ -213,7 +214,7 @@ def prefill_kernel(
     number_memory()
     there = x if P.variant.by_warp else find(x)
     full_at = find(kilobyte)
-    full = kilobyte._reinterpret(gl.int64, [128, 1], mbarrier.MBarrierLayout())
+    full = reinterpret(kilobyte, gl.int64, [128, 1], mbarrier.MBarrierLayout())
     SLOTS: gl.constexpr = P.variant.slots
     for slot in gl.static_range(SLOTS):
         mbarrier.init(full.index(slot), count=1)

@@ -14,6 +14,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moelten.kernels.gluon_names import wait_for_all
+
 # Tokens of a tensor of sums, and its registers of a thread; the left operand's are as many.
 TOKENS = gl.constexpr(16)
 _REGISTERS = 8
@@ -58,9 +60,10 @@ def _ptx(count, tokens, places, operand):
 
 
 @gluon.constexpr_function
-def _constraints(count, places):
-    sums, others = count * _REGISTERS, (len(places) + 1) * _REGISTERS
-    return ",".join(["=f"] * sums + [str(i) for i in range(sums)] + ["r"] * others)
+def _constraints(count, others):
+    """Of so many tensors of sums, which come in behind themselves, and of other operands."""
+    sums = count * _REGISTERS
+    return ",".join(["=f"] * sums + [str(i) for i in range(sums)] + ["r"] * others * _REGISTERS)
 
 
 @gluon.constexpr_function
@@ -79,13 +82,31 @@ def multiply(acc, left, x, N: gl.constexpr, PLACES: gl.constexpr, OPERAND: gl.co
     """
     COUNT: gl.constexpr = len(acc)
     PTX: gl.constexpr = _ptx(COUNT, N, PLACES, OPERAND)
-    CONSTRAINTS: gl.constexpr = _constraints(COUNT, PLACES)
+    CONSTRAINTS: gl.constexpr = _constraints(COUNT, len(PLACES) + 1)
     TYPES: gl.constexpr = _types(COUNT)
     low = (x & 0x3FFFF) >> 4 | _LOW
     low = gl.full(acc[0].shape, 0, gl.int32, acc[0].type.layout) + low
     return gl.inline_asm_elementwise(
         PTX, CONSTRAINTS, acc + left + (low,), TYPES, is_pure=False, pack=8
     )
+
+
+@gluon.constexpr_function
+def _wait_ptx(others):
+    return f"wgmma.wait_group.sync.aligned {others};"
+
+
+@gluon.jit
+def complete(acc, OTHERS: gl.constexpr):
+    """Sums whose products are complete, all but those of the last so many `multiply`.
+
+    In PTX, since Gluon has all warps wait for each other there in later Tritons.
+    """
+    COUNT: gl.constexpr = len(acc)
+    PTX: gl.constexpr = _wait_ptx(OTHERS)
+    CONSTRAINTS: gl.constexpr = _constraints(COUNT, 0)
+    TYPES: gl.constexpr = _types(COUNT)
+    return gl.inline_asm_elementwise(PTX, CONSTRAINTS, acc, TYPES, is_pure=False, pack=8)
 
 
 @gluon.jit
@@ -106,7 +127,7 @@ def number_memory():
         @inside st.shared.b32 [at], $1;}""",
         "=&r,r", [number], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
-    gl.thread_barrier()
+    wait_for_all()
 
 
 @gluon.jit

@@ -17,9 +17,10 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
+from moelten.kernels.gluon_names import bring
 from moelten.kernels.hopper_codes import Storage
 from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slot_bytes
 
@@ -51,8 +52,6 @@ _EXPECT = gl.constexpr(
     @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.b32 $0, $2;}"""
 )
 OPERANDS = {"bf16": gl.bfloat16, "fp16": gl.float16}
-# Its name in later Tritons, and in 3.6.
-_bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @dataclass(frozen=True)
@@ -334,22 +333,22 @@ def _fill(
         bar = ring[FULL].index(slot)
         _expect(ring[FULL_AT] + slot * 8, BYTES + units * X_BYTES)
         # All row tiles at once: each copy takes the warp its time. Past the last one are zeros.
-        _bring(w_desc, [expert, row_tile, step * W_ROWS, 0], bar, ring[WORDS].index(slot))
+        bring(w_desc, [expert, row_tile, step * W_ROWS, 0], bar, ring[WORDS].index(slot))
         block = step * STAGE // 4
         if s_desc is not None:
-            _bring(s_desc, [expert, row_tile, block * S_ROWS, 0], bar, ring[SCALES].index(slot))
+            bring(s_desc, [expert, row_tile, block * S_ROWS, 0], bar, ring[SCALES].index(slot))
         if z_desc is not None:
-            _bring(z_desc, [expert, row_tile, block * Z_ROWS, 0], bar, ring[ZEROS].index(slot))
+            bring(z_desc, [expert, row_tile, block * Z_ROWS, 0], bar, ring[ZEROS].index(slot))
         if step == 0:
             _wait_for_rows(turn, counter, awaited, P)
         for c in gl.static_range(STAGE):
             for unit in range(units):
                 room = ring[X].index((slot * STAGE + c) * P.most + unit)
-                _bring(x_desc, [first + unit * UNIT, (step * STAGE + c) * 64], bar, room)
+                bring(x_desc, [first + unit * UNIT, (step * STAGE + c) * 64], bar, room)
         for g in gl.static_range(X_GROUPS):
             # Of all the block's tokens; what others there are adds to sums that are not stored.
             row = (step * X_GROUPS + g) * positions + first
-            _bring(u_desc, [row, 0], bar, ring[X_SCALES].index(slot * X_GROUPS + g))
+            bring(u_desc, [row, 0], bar, ring[X_SCALES].index(slot * X_GROUPS + g))
         turn += 1
         _wait_until_empty(turn, P)
     return turn

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
 from moelten.kernels.hopper_bands import find_zeros, take_scale
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
-from moelten.kernels.hopper_products import TOKENS, sums_layout
+from moelten.kernels.hopper_products import TOKENS, complete, sums_layout
 from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
 from moelten.kernels.hopper_units import first_unit, in_units, out_of_units
 
@@ -75,7 +74,7 @@ def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
 
     BANDS: of acc; without them Triton takes one band of 8 tensors for two of 4
     """
-    return put(acc, band, warpgroup_mma_wait(others, deps=acc[band]), BANDS)
+    return put(acc, band, complete(acc[band], others), BANDS)
 
 
 @gluon.jit
