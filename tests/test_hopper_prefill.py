@@ -21,6 +21,7 @@ from hopper_offline import (
     scale_name,
     shared_types,
 )
+from hopper_variants import slim_variant, tall_variant
 from triton_offline import stack_bytes
 
 from moelten.formats import FP8, MXFP4, NVFP4, Float, Format, Int4, Int8
@@ -59,16 +60,6 @@ CASES: dict[str, tuple[Format, str]] = {
 def short_variant(stored, scale):
     """Of single warps, where a last stage of four chunks would have one."""
     return warp_variant(stored, scale, (2880, 2880))
-
-
-def slim_variant(stored, scale):
-    """For few tokens of few rows."""
-    return narrow_variant(stored, scale, tiles=4)
-
-
-def tall_variant(stored, scale):
-    """For more tokens of few rows."""
-    return narrow_variant(stored, scale, 96, 4)
 
 
 def chosen(fmt: Format, operand: str, choose=wide_variant, x_scale="none"):

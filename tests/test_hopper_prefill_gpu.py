@@ -18,6 +18,7 @@ from hopper_layers import (
     on_gpu,
     spoil,
 )
+from hopper_variants import slim_variant, tall_variant
 from metrics import assert_matches
 
 import moelten
@@ -36,14 +37,6 @@ from moelten.routing import Routing
 pytestmark = pytest.mark.gpu
 # Of 7 experts with 2 slots per token: every width of a tile, whole blocks, and two of them.
 TOKENS = (1, 3, 40, 100, 190, 260, 300, 340, 420, 900)
-
-
-def slim_variant(stored, scale_type):
-    return narrow_variant(stored, scale_type, tiles=4)
-
-
-def tall_variant(stored, scale_type):
-    return narrow_variant(stored, scale_type, 96, 4)
 
 
 def only(monkeypatch, variant):
@@ -146,39 +139,33 @@ SLIM += ["fp8block_fp8", "int4g128_fp8g128"]
 TALL = ["mxfp4_bf16", "int4g128_fp16", "mxfp4_fp8"]
 
 
-def small_sizes(name):
-    """Columns that end within a stage, if they need not be whole groups of 128."""
-    return (384, 128) if "g128" in name else (320, 192)
+def check_narrow(name, counts, *more):
+    """Columns that end within a stage, if they need not be whole groups of 128; that end with it;
+    and what else is asked for."""
+    check_scheme(scheme(name), FEW)
+    small = (384, 128) if "g128" in name else (320, 192)
+    for hidden, inter in (small, (512, 256), *more):
+        case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
+        for tokens in counts:
+            check(make_weights(case), *make_input(replace(case, tokens=tokens)))
 
 
 @pytest.mark.parametrize("name", SLIM)
 def test_narrow_tiles_of_few_rows(always_slim, name):
     """Every quarter of 64 tokens, several tiles; columns that end within a stage, or with it."""
-    check_scheme(scheme(name), FEW)
-    for hidden, inter in (small_sizes(name), (512, 256)):
-        case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
-        for tokens in (9, 60):
-            check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+    check_narrow(name, (9, 60))
 
 
 @pytest.mark.parametrize("name", TALL)
 def test_tall_tiles(always_tall, name):
     """The same, of half as many tokens more."""
-    check_scheme(scheme(name), FEW)
-    for hidden, inter in (small_sizes(name), (512, 256)):
-        case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
-        for tokens in (60, 140):
-            check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+    check_narrow(name, (60, 140))
 
 
 @pytest.mark.parametrize("name", NARROW)
 def test_narrow_tiles(always_narrow, name):
     """The same, of twice as many rows; the last 5 of 45 row tiles."""
-    check_scheme(scheme(name), FEW)
-    for hidden, inter in (small_sizes(name), (512, 256), (2880, 288)):
-        case = Case(scheme(name), num_experts=3, hidden_size=hidden, intermediate_size=inter)
-        for tokens in (9, 60):
-            check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+    check_narrow(name, (9, 60), (2880, 288))
 
 
 @pytest.mark.parametrize("hidden, inter", [(2880, 80), (1856, 192), (72, 232), (704, 1856)])
