@@ -10,16 +10,13 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 bring = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # All warps that run the same code.
 wait_for_all = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_VIEWS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
-    @gluon.jit
-    def reinterpret(buffer, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-        """The bytes of a buffer as numbers of another type, in another shape and layout."""
+@gluon.jit
+def reinterpret(buffer, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The bytes of a buffer as numbers of another type, in another shape and layout."""
+    if _VIEWS:
         return buffer.reinterpret(DTYPE, SHAPE, LAYOUT)
-else:
-
-    @gluon.jit
-    def reinterpret(buffer, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-        """The bytes of a buffer as numbers of another type, in another shape and layout."""
+    else:
         return buffer._reinterpret(DTYPE, SHAPE, LAYOUT)

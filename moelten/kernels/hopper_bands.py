@@ -75,8 +75,8 @@ def _block_layout(teams):
 def _pick(words, bit):
     """The half of the last axis that a bit says."""
     HALF: gl.constexpr = words.shape[2] // 2
-    W: gl.constexpr = words.shape[0]
-    low, high = gl.split(words.reshape([W, words.shape[1], 2, HALF]).permute((0, 1, 3, 2)))
+    WARPS: gl.constexpr = words.shape[0]
+    low, high = gl.split(words.reshape([WARPS, words.shape[1], 2, HALF]).permute((0, 1, 3, 2)))
     return gl.where(bit != 0, high, low)
 
 
@@ -104,8 +104,8 @@ def _of_chunk(words, chunk, COUNT: gl.constexpr):
 @gluon.jit
 def _for_quads(words, SPREAD: gl.constexpr):
     """[w, 8 g (times 2), 1] as [w, 8 g, 4 t], or two of them as [w, 8 g, 4 t, 2]."""
-    W: gl.constexpr = words.shape[0]
-    QUAD: gl.constexpr = _quad_layout(W)
+    WARPS: gl.constexpr = words.shape[0]
+    QUAD: gl.constexpr = _quad_layout(WARPS)
     if words.shape[2] == 2:
         low, high = gl.split(words)
         low, high = low.expand_dims(2), high.expand_dims(2)
@@ -113,13 +113,14 @@ def _for_quads(words, SPREAD: gl.constexpr):
     else:
         if SPREAD:
             HALVES: gl.constexpr = gl.SliceLayout(3, QUAD)
-            words = gl.convert_layout(words.reshape([W, 8, 2]), HALVES, assert_trivial=True)
+            words = gl.convert_layout(words.reshape([WARPS, 8, 2]), HALVES, assert_trivial=True)
         else:
             WHOLE: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, QUAD))
-            words = gl.convert_layout(words.reshape([W, 8]), WHOLE, assert_trivial=True)
+            words = gl.convert_layout(words.reshape([WARPS, 8]), WHOLE, assert_trivial=True)
             words = words.expand_dims(2)
-        words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([W, 8, 2, 2], gl.uint32, QUAD))
-        return gl.convert_layout(words.reshape([W, 8, 4]), pair_layout(W), assert_trivial=True)
+        words, _ = gl.broadcast(words.expand_dims(3), gl.zeros([WARPS, 8, 2, 2], gl.uint32, QUAD))
+        words = words.reshape([WARPS, 8, 4])
+        return gl.convert_layout(words, pair_layout(WARPS), assert_trivial=True)
 
 
 @gluon.jit

@@ -13,11 +13,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_bands import find_zeros, take_scale
-from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
-from moelten.kernels.hopper_products import TOKENS, complete, sums_layout
+from moelten.kernels.hopper_products import wait_for_products
 from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
-from moelten.kernels.hopper_units import first_unit, in_units, out_of_units
+from moelten.kernels.hopper_units import begin, finish, in_units
 
 
 @gluon.jit
@@ -27,17 +26,18 @@ def _stage(
 ):  # fmt: skip
     """A stage of so many chunks, which begins with a chunk: sums and their units."""
     G: gl.constexpr = P.groups
-    for i in gl.static_range(CHUNKS * BANDS * G):
-        own, its = acc[i // G % BANDS], unit[i // G % BANDS]
-        if P.scaled and i // G // BANDS % P.served == 0:
-            scale = take_scale(ring, slot, i // G % BANDS, chunk + i // G // BANDS, i % G, P)
-            own, its = in_units(own, its, scale, ring, slot, i // G // BANDS // 2, P)
-        if i % G == 0:
-            asked = ask(ring, slot, i // G % BANDS, i // G // BANDS, 1, P)
-            a = decode(asked, zero[i // G % BANDS], chunk + i // G // BANDS, P)
-        own = multiply_part(own, a, ring, slot, i // G // BANDS * G + i % G, N, 1, P)
-        acc = put(acc, i // G % BANDS, complete(own, 0), BANDS)
-        unit = put(unit, i // G % BANDS, its, BANDS)
+    for c in gl.static_range(CHUNKS):
+        for b in gl.static_range(BANDS):
+            own, its = acc[b], unit[b]
+            for g in gl.static_range(G):
+                if P.scaled and c % P.served == 0:
+                    scale = take_scale(ring, slot, b, chunk + c, g, P)
+                    own, its = in_units(own, its, scale, ring, slot, c // 2, P)
+                if g == 0:
+                    a = decode(ask(ring, slot, b, c, 1, P), zero[b], chunk + c, P)
+                own = wait_for_products(multiply_part(own, a, ring, slot, c * G + g, N, 1, P), 0)
+            acc = put(acc, b, own, BANDS)
+            unit = put(unit, b, its, BANDS)
     leave(slot, P)
     return acc, unit
 
@@ -53,14 +53,9 @@ def narrow_sums(
     """
     STAGE: gl.constexpr = P.variant.stage
     REST: gl.constexpr = P.chunks % STAGE  # of the last stage
-    SUMS: gl.constexpr = sums_layout(P.variant.warps)
     zero = find_zeros(zero_ptr, expert, row_tile, P)
     slot = wait_until_full(ring, place_of(turn, P))
-    acc = ()
-    unit = ()
-    for b in gl.static_range(BANDS):
-        acc = acc + (no_sums(-(-N // TOKENS), TOKENS, SUMS),)
-        unit = unit + (first_unit(ring, slot, b, turn * 0, P),)
+    acc, unit = begin(ring, slot, turn * 0, N, BANDS, P)
     whole = steps - 1 if REST else steps
     for step in range(whole):
         slot = wait_until_full(ring, place_of(turn, P))
@@ -70,7 +65,4 @@ def narrow_sums(
         slot = wait_until_full(ring, place_of(turn, P))
         acc, unit = _stage(acc, unit, ring, zero, slot, whole * STAGE, N, BANDS, REST, P)
         turn += 1
-    out = ()
-    for b in gl.static_range(BANDS):
-        out = out + out_of_units(acc[b], unit[b], P)
-    return out, turn
+    return finish(acc, unit, BANDS, P), turn

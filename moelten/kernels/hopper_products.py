@@ -97,7 +97,7 @@ def _wait_ptx(others):
 
 
 @gluon.jit
-def complete(acc, OTHERS: gl.constexpr):
+def wait_for_products(acc, OTHERS: gl.constexpr):
     """Sums whose products are complete, all but those of the last so many `multiply`.
 
     In PTX, since Gluon has all warps wait for each other there in later Tritons.

@@ -127,7 +127,7 @@ class Problem(Gemm):
         if self.variant.by_warp:
             return tuple(range(8, self.variant.block + 1, 8))
         if self.variant.few:
-            return tuple(range(24 if self.most == 4 else 48, self.variant.block + 1, 8))
+            return tuple(range(24 if self.variant.block == 64 else 48, self.variant.block + 1, 8))
         return tuple(range(64, self.variant.block + 1, 16))
 
     @property

@@ -1,9 +1,9 @@
 """GEMM2's sums for many tokens per expert, on their way to the sum over slots: order and bits.
 
 The order of sums is that of registers in a product of 256 rows, of which a lane's four stand
-together: column 32 w + 4 g + 2 b + h of 256 is 128 b + 16 w + 8 h + g of the result, for 8 w, 8 g,
-2 b and 2 h. So nothing is exchanged, and no warp waits for another one (an exchange among lanes
-takes back what the bytes below save).
+together (of sixteen warps two, beside another lane's): column 32 w + 4 g + 2 b + h of 256 is
+128 b + 16 w + 8 h + g of the result, for 8 w, 8 g, 2 b and 2 h. So nothing is exchanged, and no
+warp waits for another one (an exchange among lanes takes back what the bytes below save).
 
 Two together are 32 bits: multiples of a power of two that brings the larger below 2**11, rounded to
 integers. They are subnormals of fp16, of which the upper 4 bits of the exponent are 0; those hold

@@ -11,17 +11,27 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_bands import take_scale, take_token_scales
-from moelten.kernels.hopper_products import TOKENS
+from moelten.kernels.hopper_fragments import no_sums
+from moelten.kernels.hopper_products import TOKENS, sums_layout
 
 
 @gluon.jit
-def first_unit(ring, slot, band: gl.constexpr, chunk, P: gl.constexpr):
-    """The first scales; a first group of zeros has some unit, less than any that follows."""
-    if P.scaled:
-        unit = take_scale(ring, slot, band, chunk, 0, P)
-        return gl.where(unit == 0, 1.1754943508222875e-38, unit)
-    else:
-        return 0
+def begin(ring, slot, chunk, N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr):
+    """No sums of N tokens yet, and units of the first chunk's scales, for each band.
+
+    A first group of zeros has some unit, less than any that follows.
+    """
+    SUMS: gl.constexpr = sums_layout(P.variant.warps)
+    acc = ()
+    unit = ()
+    for b in gl.static_range(BANDS):
+        own = 0
+        if P.scaled:
+            own = take_scale(ring, slot, b, chunk, 0, P)
+            own = gl.where(own == 0, 1.1754943508222875e-38, own)
+        acc = acc + (no_sums(-(-N // TOKENS), TOKENS, SUMS),)
+        unit = unit + (own,)
+    return acc, unit
 
 
 @gluon.jit
@@ -37,12 +47,15 @@ def in_units(acc, unit, scale, ring, slot, group: gl.constexpr, P: gl.constexpr)
 
 
 @gluon.jit
-def out_of_units(acc, unit, P: gl.constexpr):
-    """The sums themselves, complete."""
-    if P.scaled:
-        return _complete(_times(_complete(acc), unit))
-    else:
-        return _complete(acc)
+def finish(acc, unit, BANDS: gl.constexpr, P: gl.constexpr):
+    """The sums themselves, complete, band after band."""
+    out = ()
+    for b in gl.static_range(BANDS):
+        own = _complete(acc[b])
+        if P.scaled:
+            own = _complete(_times(own, unit[b]))
+        out = out + own
+    return out
 
 
 @gluon.jit

@@ -12,11 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_bands import find_zeros, take_scale
-from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
-from moelten.kernels.hopper_products import TOKENS, complete, sums_layout
+from moelten.kernels.hopper_products import wait_for_products
 from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
-from moelten.kernels.hopper_units import first_unit, in_units, out_of_units
+from moelten.kernels.hopper_units import begin, finish, in_units
 
 
 @gluon.jit
@@ -74,7 +73,7 @@ def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
 
     BANDS: of acc; without them Triton takes one band of 8 tensors for two of 4
     """
-    return put(acc, band, complete(acc[band], others), BANDS)
+    return put(acc, band, wait_for_products(acc[band], others), BANDS)
 
 
 @gluon.jit
@@ -141,22 +140,14 @@ def wide_sums(
     """
     STAGE: gl.constexpr = P.variant.stage
     SPAN: gl.constexpr = P.served if BANDS == 1 else 1
-    SUMS: gl.constexpr = sums_layout(P.variant.warps)
     start = turn * 0
     slot = wait_until_full(ring, place_of(turn, P))
     zero = find_zeros(zero_ptr, expert, row_tile, P)
-    acc = ()
-    unit = ()
-    for b in gl.static_range(BANDS):
-        acc = acc + (no_sums(-(-N // TOKENS), TOKENS, SUMS),)
-        unit = unit + (first_unit(ring, slot, b, start, P),)
+    acc, unit = begin(ring, slot, start, N, BANDS, P)
     first = decode(_ask(ring, slot, 0, BANDS, SPAN, P), zero[0], start, P)
     for step in range(steps):
         acc, unit, first, slot, turn = _stage(
             acc, unit, first, ring, zero, slot, turn, step * STAGE, step + 1 < steps,
             N, BANDS, SPAN, P,
         )  # fmt: skip
-    out = ()
-    for b in gl.static_range(BANDS):
-        out = out + out_of_units(acc[b], unit[b], P)
-    return out, turn
+    return finish(acc, unit, BANDS, P), turn
