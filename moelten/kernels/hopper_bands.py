@@ -20,6 +20,7 @@ from moelten.kernels.hopper_fragments import (
     scale_layout,
     zero_words,
 )
+from moelten.kernels.hopper_products import TOKENS
 from moelten.kernels.hopper_ring import SCALES, WORDS, X_SCALES, ZEROS
 
 
@@ -166,11 +167,11 @@ def decode_weights(loaded, zero, chunk, P: gl.constexpr, OPERAND: gl.constexpr):
 def take_token_scales(
     ring, slot, group: gl.constexpr, at: gl.constexpr, L: gl.constexpr, P: gl.constexpr
 ):
-    """fp32 [1, tokens] of a unit, from the at-th of the block on, for a group of a stage.
+    """fp32 [1, 8], of tokens from the at-th of the block on, for a group of a stage.
 
     L: the layout of the sums [rows, tokens]
     """
-    words = ring[X_SCALES].index(slot * P.variant.x_groups + group).slice(at, P.variant.unit, 0)
+    words = ring[X_SCALES].index(slot * P.variant.x_groups + group).slice(at, TOKENS, 0)
     return words.slice(0, 1, 1).permute((1, 0)).load(L)
 
 

@@ -240,6 +240,16 @@ def no_sums(COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def cut(x):
+    """A tensor of two dimensions for each index of those beyond, of which the last counts most."""
+    if len(x.shape) == 2:
+        return (x,)
+    else:
+        low, high = gl.split(x)
+        return cut(low) + cut(high)
+
+
+@gluon.jit
 def halves(x):
     """[warps, 16, 64] or [warps, 64, tokens] cut into its two blocks of 32 columns."""
     if x.shape[1] == 16:

@@ -24,7 +24,7 @@ from moelten.kernels.gluon_names import reinterpret, wait_for_all
 from moelten.kernels.hopper_fragments import no_sums
 from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
 from moelten.kernels.hopper_narrow import narrow_sums
-from moelten.kernels.hopper_products import find, number_memory, sums_layout
+from moelten.kernels.hopper_products import TOKENS, find, number_memory, sums_layout
 from moelten.kernels.hopper_results import announce, finish_piece, row_factors
 from moelten.kernels.hopper_ring import leave, place_of, produce, take_work
 from moelten.kernels.hopper_wide import wide_sums
@@ -52,14 +52,13 @@ def _sums(
     acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
     ALL: gl.constexpr = P.variant.bands
     HELD: gl.constexpr = P.held
-    UNIT: gl.constexpr = P.variant.unit
     LAYOUT: gl.constexpr = acc[0].type.layout
     UNITS: gl.constexpr = len(acc) // BANDS
-    none = no_sums(HELD - UNITS, UNIT, LAYOUT)
+    none = no_sums(HELD - UNITS, TOKENS, LAYOUT)
     out = ()
     for b in gl.static_range(BANDS):
         out = out + acc[b * UNITS : (b + 1) * UNITS] + none
-    return out + no_sums((ALL - BANDS) * HELD, UNIT, LAYOUT), turn
+    return out + no_sums((ALL - BANDS) * HELD, TOKENS, LAYOUT), turn
 
 
 @gluon.jit

@@ -1,8 +1,8 @@
-"""Products of a whole warpgroup for any multiple of 16 tokens, in one instruction.
+"""Products of a whole warpgroup for any multiple of 8 tokens, in one instruction.
 
 Gluon has them for powers of two, which is what tensors' sizes can be, and several small ones cost
 more: with its left operand in registers, an instruction takes half a cycle per token, but 13 cycles
-for 24 and fewer (H200). So this is wgmma as inline PTX. Sums come as tensors of 16 tokens, whose
+for 24 and fewer (H200). So this is wgmma as inline PTX. Sums come as tensors of 8 tokens, whose
 registers, one tensor's after the other's, are the instruction's.
 
 It wants to know where its right operand lies in shared memory, which Gluon does not tell either:
@@ -17,16 +17,16 @@ from triton.experimental.gluon import language as gl
 from moelten.kernels.gluon_names import wait_for_all
 
 # Tokens of a tensor of sums, and its registers of a thread; the left operand's are as many.
-TOKENS = gl.constexpr(16)
-_REGISTERS = 8
+TOKENS = gl.constexpr(8)
+_REGISTERS = 4
 # Of a descriptor of rows of 128 bytes, K contiguous: 8 rows are a kilobyte, bytes swizzled by 128.
 _LOW, _HIGH = gl.constexpr(1 << 16), 64 | 1 << 30
 
 
 @gluon.constexpr_function
 def sums_layout(warps):
-    """Sums [16 * warps, 16]."""
-    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, 16, 16])
+    """Sums [16 * warps, 8]."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, 8, 16])
 
 
 @gluon.constexpr_function
@@ -34,8 +34,7 @@ def _ptx(count, tokens, places, operand):
     """Two steps of 16 columns for each of some places, in flight, for `count` tensors of sums.
 
     Those are the first operands, and come in behind themselves; then the left operand of each
-    place, and the low word of the right one's descriptor, to which places are added. Half the last
-    tensor may be no tokens.
+    step, and the low word of the right one's descriptor, to which places are added.
     """
     kind = "bf16" if operand == gl.bfloat16 else "f16"
     sums = ", ".join(f"${i}" for i in range(tokens // 2))
@@ -48,10 +47,10 @@ def _ptx(count, tokens, places, operand):
     for index, place in enumerate(places):
         for step in range(2):
             # The instruction wants rows g and g + 8 of the first 8 columns, then of the others.
-            at = left + index * _REGISTERS + 4 * step
+            at = left + (2 * index + step) * _REGISTERS
             own = ", ".join(f"${at + i}" for i in (0, 2, 1, 3))
             lines += [
-                f"add.u32 low, ${left + len(places) * _REGISTERS}, {(place >> 4) + 2 * step};",
+                f"add.u32 low, ${left + 2 * len(places) * _REGISTERS}, {(place >> 4) + 2 * step};",
                 "mov.b64 right, {low, high};",
                 f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind}",
                 f"{{{sums}}}, {{{own}}}, right, 1, 1, 1, 0;",
@@ -73,21 +72,21 @@ def _types(count):
 
 @gluon.jit
 def multiply(acc, left, x, N: gl.constexpr, PLACES: gl.constexpr, OPERAND: gl.constexpr):
-    """Sums [rows, 16] of N tokens, a multiple of 8, + halves of a band's chunks @ x: in flight.
+    """Sums [rows, 8] of N tokens + halves of a band's chunks @ x: in flight.
 
-    left:   of each half the registers of its 32 columns (`hopper_fragments`), uint32 [rows, 16] in
+    left:   of each half the registers of twice 16 columns (`hopper_fragments`), uint32 [rows, 8] in
             the layout of sums
     x:      where activations begin
     PLACES: how far behind that those of each half do
     """
     COUNT: gl.constexpr = len(acc)
     PTX: gl.constexpr = _ptx(COUNT, N, PLACES, OPERAND)
-    CONSTRAINTS: gl.constexpr = _constraints(COUNT, len(PLACES) + 1)
+    CONSTRAINTS: gl.constexpr = _constraints(COUNT, 2 * len(PLACES) + 1)
     TYPES: gl.constexpr = _types(COUNT)
     low = (x & 0x3FFFF) >> 4 | _LOW
     low = gl.full(acc[0].shape, 0, gl.int32, acc[0].type.layout) + low
     return gl.inline_asm_elementwise(
-        PTX, CONSTRAINTS, acc + left + (low,), TYPES, is_pure=False, pack=8
+        PTX, CONSTRAINTS, acc + left + (low,), TYPES, is_pure=False, pack=4
     )
 
 
@@ -106,7 +105,7 @@ def wait_for_products(acc, OTHERS: gl.constexpr):
     PTX: gl.constexpr = _wait_ptx(OTHERS)
     CONSTRAINTS: gl.constexpr = _constraints(COUNT, 0)
     TYPES: gl.constexpr = _types(COUNT)
-    return gl.inline_asm_elementwise(PTX, CONSTRAINTS, acc, TYPES, is_pure=False, pack=8)
+    return gl.inline_asm_elementwise(PTX, CONSTRAINTS, acc, TYPES, is_pure=False, pack=4)
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_epilogue import finish, over_rows, over_tokens, token_scales
+from moelten.kernels.hopper_products import TOKENS
 from moelten.kernels.hopper_sums import store_sums
 
 
@@ -85,7 +86,7 @@ def _finish_band(
     rows, tokens: what scales the sums of each band, and of these tokens; 0 for none
     """
     row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, _, alpha, beta, limit = epilogue
-    COUNT: gl.constexpr = 32 // P.variant.unit
+    COUNT: gl.constexpr = 32 // TOKENS
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     sums = _together(acc, band * P.held + i * COUNT, COUNT)
@@ -144,7 +145,7 @@ def row_factors(epilogue, expert, row_tile, L: gl.constexpr, P: gl.constexpr):
 def finish_piece(acc, rows, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
     """What follows the sums of a piece of work, whose `row_factors` are given."""
     _, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
-    COUNT: gl.constexpr = 32 // P.variant.unit
+    COUNT: gl.constexpr = 32 // TOKENS
     PARTS: gl.constexpr = P.held // COUNT
     L: gl.constexpr = _together(acc, 0, COUNT).type.layout
     tokens = ()

@@ -22,6 +22,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from moelten.kernels.gluon_names import bring
 from moelten.kernels.hopper_codes import Storage
+from moelten.kernels.hopper_products import TOKENS
 from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slot_bytes
 
 WORDS, SCALES, ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
@@ -115,7 +116,7 @@ class Problem(Gemm):
     @property
     def held(self) -> int:
         """Tensors of sums of a row tile: whole parts of 32 tokens."""
-        return -(-self.variant.block // 32) * 32 // self.variant.unit
+        return -(-self.variant.block // 32) * (32 // int(TOKENS))
 
     @property
     def widths(self) -> tuple[int, ...]:

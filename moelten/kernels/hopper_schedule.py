@@ -118,7 +118,7 @@ class WideVariant:
 
     @property
     def unit(self) -> int:
-        """Tokens of a tensor of sums, and of a copy of activations."""
+        """Tokens of a copy of activations."""
         return 8 if self.by_warp else 16
 
     def steps(self, columns: int) -> int:

@@ -20,6 +20,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moelten.kernels.hopper_fragments import cut
+
 # The larger, and a little more, lest it is rounded up to 2**11; its exponent e, of 8 bits; and
 # 2**(113 - e), which is fp32 with exponent 240 - e. Half of e's bits lie in each half of the word.
 _SHORTEN = gl.constexpr(
@@ -48,16 +50,6 @@ def _in_order(bands):
 
 
 @gluon.jit
-def _split(y):
-    """What a tensor has in its third dimension and beyond, each by itself."""
-    if len(y.shape) == 2:
-        return (y,)
-    else:
-        low, high = gl.split(y)
-        return _split(low) + _split(high)
-
-
-@gluon.jit
 def _store_short(y, at, left, token: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr):
     """Every second of 8 tokens' sums, from the one on that is so far behind."""
     y = gl.convert_layout(y, L, assert_trivial=True)
@@ -81,7 +73,7 @@ def store_sums(bands, out_ptr, first, stop, n0, WIDTH: gl.constexpr):
         y = y.permute((5, 0, 2, 7, 1, 6, 4, 3))
     else:
         y = bands[0].reshape([2, 8, 2, 8, 2, 2, 4, 2]).permute((6, 1, 3, 0, 2, 7, 5, 4))
-    tokens = _split(y.reshape([4, 256, 2, 2, 2]))
+    tokens = cut(y.reshape([4, 256, 2, 2, 2]))
     position = first + 2 * gl.arange(0, 4, gl.SliceLayout(1, L))[:, None]
     n = n0 + gl.arange(0, 256, gl.SliceLayout(0, L))[None, :]
     at = out_ptr.to(gl.pointer_type(gl.uint16)) + position.to(gl.int64) * (WIDTH // 2) + n

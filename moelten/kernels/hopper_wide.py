@@ -99,7 +99,10 @@ def _stage(
     a = (first,) * BANDS
     before = slot
     for i in gl.static_range(TURNS):
-        now = multiply_part(acc[i % BANDS], a[i % BANDS], ring, before, i // BANDS, N, SPAN, P)
+        now = multiply_part(
+            acc[i % BANDS], a[i % BANDS], ring, before, i // BANDS // P.groups * SPAN,
+            i // BANDS % P.groups, N, SPAN, P,
+        )  # fmt: skip
         acc = put(acc, i % BANDS, now, BANDS)
         if BANDS == 1:
             acc = _wait(acc, 0, 0, BANDS)
@@ -128,7 +131,7 @@ def wide_sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
     N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """Sums [128, 16] of a piece's first bands, band after band, of so many tokens.
+    """Sums [128, 8] of a piece's first bands, band after band, of so many tokens.
 
     ring: with a number for the activations: where they begin (`hopper_products.find`)
 
