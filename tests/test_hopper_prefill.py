@@ -240,6 +240,8 @@ def test_memory_is_numbered_before_it_is_read():
     before = ptx[ptx.index(".entry") : last]
     assert "ld.shared" not in before and "mbarrier" not in before
     assert "bar.sync" in ptx[last : ptx.index("ld.shared", last)]
+    # And what was found is the warp's, not each lane's.
+    assert "redux.sync" in ptx[ptx.index("ld.shared", last) : ptx.index("mbarrier.init")]
 
 
 def test_finished_tiles_are_told_and_asked_for():

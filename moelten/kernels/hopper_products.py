@@ -133,7 +133,9 @@ def number_memory():
 def find(x):
     """Where a buffer [n, tokens, 64] of 16 bits begins in shared memory, after `number_memory`.
 
-    A swizzled buffer begins with a kilobyte, and is asked for its number.
+    A swizzled buffer begins with a kilobyte, and is asked for its number. What follows from where
+    it is, all waits at barriers among it, is the same for all lanes, as the last instruction tells
+    the assembler: that of CUDA 13 (later Tritons) else takes loops for divergent, and spills.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     rows = x.index(0).slice(0, 8, 0).load(L).to(gl.int16, bitcast=True).to(gl.int32)
@@ -141,6 +143,7 @@ def find(x):
     column = gl.arange(0, 64, gl.SliceLayout(0, L))[None, :]
     first = gl.max(gl.max(gl.where((row == 0) & (column == 0), rows, 0), 1), 0)
     return gl.inline_asm_elementwise(
-        "{.reg .b32 start; mov.u32 start, global_smem; mad.lo.u32 $0, $1, 1024, start;}",
-        "=r,r", [first], dtype=gl.int32, is_pure=True, pack=1,
+        """{.reg .b32 start; mov.u32 start, global_smem; mad.lo.u32 start, $1, 1024, start;
+        redux.sync.max.s32 $0, start, 0xffffffff;}""",
+        "=r,r", [first], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
