@@ -18,11 +18,22 @@ from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
 from moelten.kernels.hopper_units import begin, finish, in_units
 
 
+@gluon.constexpr_function
+def _first_of(turn, bands, span, groups):
+    """The first chunk of a stage that a turn multiplies."""
+    return turn // bands // groups * span
+
+
+@gluon.constexpr_function
+def _group_of(turn, bands, groups):
+    return turn // bands % groups
+
+
 @gluon.jit
 def _ask(ring, slot, turn: gl.constexpr, BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr):
     """What a turn of a stage decodes, if it does."""
-    if turn // BANDS % P.groups == 0:
-        return ask(ring, slot, turn % BANDS, turn // BANDS // P.groups * SPAN, SPAN, P)
+    if _group_of(turn, BANDS, P.groups) == 0:
+        return ask(ring, slot, turn % BANDS, _first_of(turn, BANDS, SPAN, P.groups), SPAN, P)
     else:
         return ()
 
@@ -51,9 +62,8 @@ def _prepare(
 ):  # fmt: skip
     """What a turn of a stage, which begins with a chunk, needs: (sums, their units, operands)."""
     BAND: gl.constexpr = turn % BANDS
-    PART: gl.constexpr = turn // BANDS
-    GROUP: gl.constexpr = PART % P.groups
-    C: gl.constexpr = PART // P.groups * SPAN
+    GROUP: gl.constexpr = _group_of(turn, BANDS, P.groups)
+    C: gl.constexpr = _first_of(turn, BANDS, SPAN, P.groups)
     if P.scaled and C % P.served == 0:
         scale = take_scale(ring, slot, BAND, chunk + C, GROUP, P)
         if P.groups == 2 and turn == 0:
@@ -100,8 +110,8 @@ def _stage(
     before = slot
     for i in gl.static_range(TURNS):
         now = multiply_part(
-            acc[i % BANDS], a[i % BANDS], ring, before, i // BANDS // P.groups * SPAN,
-            i // BANDS % P.groups, N, SPAN, P,
+            acc[i % BANDS], a[i % BANDS], ring, before, _first_of(i, BANDS, SPAN, P.groups),
+            _group_of(i, BANDS, P.groups), N, SPAN, P,
         )  # fmt: skip
         acc = put(acc, i % BANDS, now, BANDS)
         if BANDS == 1:
