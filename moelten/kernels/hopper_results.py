@@ -36,13 +36,13 @@ def _store_ordered(y, out_ptr, first, stop, n0, P: gl.constexpr):
 
 
 @gluon.jit
-def _together(acc, start: gl.constexpr, COUNT: gl.constexpr):
-    """Some of the sums, [rows, tokens], as one tensor."""
-    if COUNT == 1:
-        return acc[start]
+def _together(sums):
+    """Tensors of some tokens' sums each, [rows, tokens], as one."""
+    if len(sums) == 1:
+        return sums[0]
     else:
-        HALF: gl.constexpr = COUNT // 2
-        low, high = _together(acc, start, HALF), _together(acc, start + HALF, HALF)
+        HALF: gl.constexpr = len(sums) // 2
+        low, high = _together(sums[:HALF]), _together(sums[HALF:])
         return gl.join(low, high).permute((0, 2, 1)).reshape([low.shape[0], 2 * low.shape[1]])
 
 
@@ -77,47 +77,42 @@ def announce(epilogue, expert, row_tile, P: gl.constexpr):
 
 
 @gluon.jit
-def _finish_band(
-    acc, rows, tokens, epilogue, expert, row_tile, band: gl.constexpr, i: gl.constexpr,
-    P: gl.constexpr,
-):  # fmt: skip
-    """What follows the i-th 32 tokens' sums of a band: [outputs, 32].
+def _finish_band(sums, rows, tokens, epilogue, expert, row_tile, P: gl.constexpr):
+    """What follows 32 tokens' sums of a band, which begins with a row tile: [outputs, 32].
 
-    rows, tokens: what scales the sums of each band, and of these tokens; 0 for none
+    rows, tokens: what scales these sums; 0 for none
     """
     row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, _, alpha, beta, limit = epilogue
-    COUNT: gl.constexpr = 32 // TOKENS
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
-    sums = _together(acc, band * P.held + i * COUNT, COUNT)
+    sums = _together(sums)
     if row_scale_ptr is not None:
-        own = rows[band].reshape([sums.shape[0]])
+        own = rows.reshape([sums.shape[0]])
         own = gl.convert_layout(own, gl.SliceLayout(1, sums.type.layout), assert_trivial=True)
         sums = sums * own.expand_dims(1)
     if x_scale_ptr is not None:
         sums = sums * tokens
     return finish(
-        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile + P.variant.teams * band, 0,
+        sums, bias_ptr, table_ptr, post_ptr, expert, row_tile, 0,
         alpha, beta, limit, P.rows, W, P.halves, ACTIVATION, P.limited,
     )  # fmt: skip
 
 
 @gluon.jit
-def _finish_part(
-    acc, rows, tokens, epilogue, expert, first, stop, row_tile, i: gl.constexpr, P: gl.constexpr
-):
-    """What follows the i-th 32 tokens' sums, which begin at position `first`."""
+def _finish_part(sums, rows, tokens, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
+    """What follows 32 tokens' sums of each band, which begin at position `first`."""
     _, _, _, _, _, out_ptr, _, _, _ = epilogue
     WHOLE: gl.constexpr = P.row_tiles % P.variant.tiles == 0
+    TEAMS: gl.constexpr = P.variant.teams
     # Bands that are stored together: 256 rows for the order of sums.
-    SET: gl.constexpr = 1 if P.ordered else 4 // P.variant.teams
+    SET: gl.constexpr = 1 if P.ordered else 4 // TEAMS
     SETS: gl.constexpr = P.variant.bands // SET
     for s in gl.static_range(SETS):
-        tile = row_tile + P.variant.teams * SET * s
+        tile = row_tile + TEAMS * SET * s
         if WHOLE or tile < P.row_tiles:
             bands = ()
             for b in gl.static_range(s * SET, (s + 1) * SET):
-                y = _finish_band(acc, rows, tokens, epilogue, expert, row_tile, b, i, P)
+                y = _finish_band(sums[b], rows[b], tokens, epilogue, expert, row_tile + TEAMS * b, P)
                 bands = bands + (y,)
             if P.ordered:
                 _store_ordered(bands[0], out_ptr, first, stop, tile * (64 // P.halves), P)
@@ -142,12 +137,22 @@ def row_factors(epilogue, expert, row_tile, L: gl.constexpr, P: gl.constexpr):
 
 
 @gluon.jit
+def _of_part(acc, i: gl.constexpr, P: gl.constexpr):
+    """The i-th 32 tokens' sums of each band."""
+    COUNT: gl.constexpr = 32 // TOKENS
+    BANDS: gl.constexpr = P.variant.bands
+    out = ()
+    for b in gl.static_range(BANDS):
+        out = out + (acc[b * P.held + i * COUNT : b * P.held + (i + 1) * COUNT],)
+    return out
+
+
+@gluon.jit
 def finish_piece(acc, rows, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
     """What follows the sums of a piece of work, whose `row_factors` are given."""
     _, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
-    COUNT: gl.constexpr = 32 // TOKENS
-    PARTS: gl.constexpr = P.held // COUNT
-    L: gl.constexpr = _together(acc, 0, COUNT).type.layout
+    PARTS: gl.constexpr = P.held * TOKENS // 32
+    L: gl.constexpr = _together(_of_part(acc, 0, P)[0]).type.layout
     tokens = ()
     for i in gl.static_range(PARTS):
         own = 0
@@ -160,4 +165,5 @@ def finish_piece(acc, rows, epilogue, expert, first, stop, row_tile, P: gl.const
             factors = 0
             if x_scale_ptr is not None:
                 factors = over_tokens(tokens[i], L)
-            _finish_part(acc, rows, factors, epilogue, expert, at, stop, row_tile, i, P)
+            sums = _of_part(acc, i, P)
+            _finish_part(sums, rows, factors, epilogue, expert, at, stop, row_tile, P)
