@@ -233,10 +233,7 @@ def _rows(layout):
 def no_sums(COUNT: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
     """So many tensors of sums of a band, [rows, tokens], before anything is added."""
     ROWS: gl.constexpr = _rows(LAYOUT)
-    sums = ()
-    for _ in gl.static_range(COUNT):
-        sums = sums + (gl.zeros([ROWS, TOKENS], gl.float32, LAYOUT),)
-    return sums
+    return (gl.zeros([ROWS, TOKENS], gl.float32, LAYOUT),) * COUNT
 
 
 @gluon.jit

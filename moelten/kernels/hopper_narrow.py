@@ -13,7 +13,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_bands import find_zeros, take_scale
-from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
+from moelten.kernels.hopper_parts import ask, decode, multiply_part
 from moelten.kernels.hopper_products import wait_for_products
 from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
 from moelten.kernels.hopper_units import begin, finish, in_units
@@ -55,17 +55,19 @@ def _part(
     a = ()
     for g in gl.static_range(G):
         sums = ()
+        units = ()
         for b in gl.static_range(COUNT):
-            own = acc[b]
+            own, its = acc[b], unit[b]
             if P.scaled and start % P.served == 0:
                 scale = take_scale(ring, slot, first + b, chunk + start, g, P)
-                own, its = in_units(own, unit[b], scale, ring, slot, start // 2, P)
-                unit = put(unit, b, its, COUNT)
+                own, its = in_units(own, its, scale, ring, slot, start // 2, P)
             sums = sums + (own,)
+            units = units + (its,)
             if g == 0:
                 asked = ask(ring, slot, first + b, start, SPAN, P)
                 a = a + (decode(asked, zero[first + b], chunk + start, P),)
         acc = ()
+        unit = units
         for b in gl.static_range(COUNT):
             acc = acc + (multiply_part(sums[b], a[b], ring, slot, start, g, N, SPAN, P),)
         acc = _wait(acc, COUNT)

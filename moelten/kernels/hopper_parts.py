@@ -68,15 +68,3 @@ def multiply_part(
         left = left + a[2 * HALVES[i] : 2 * HALVES[i] + 2]
     start = ring[X] + slot * (P.variant.stage * P.variant.block * 128)
     return multiply(acc, left, start, N, PLACES, OPERAND)
-
-
-@gluon.jit
-def put(items, index: gl.constexpr, item, COUNT: gl.constexpr):
-    """The tuple, of so many, with another item at its index.
-
-    Without the count Triton takes one band of 9 tensors and another for two of 6.
-    """
-    out = ()
-    for i in gl.static_range(COUNT):
-        out = out + (item if i == index else items[i],)
-    return out

@@ -112,7 +112,9 @@ def _finish_part(sums, rows, tokens, epilogue, expert, first, stop, row_tile, P:
         if WHOLE or tile < P.row_tiles:
             bands = ()
             for b in gl.static_range(s * SET, (s + 1) * SET):
-                y = _finish_band(sums[b], rows[b], tokens, epilogue, expert, row_tile + TEAMS * b, P)
+                y = _finish_band(
+                    sums[b], rows[b], tokens, epilogue, expert, row_tile + TEAMS * b, P
+                )
                 bands = bands + (y,)
             if P.ordered:
                 _store_ordered(bands[0], out_ptr, first, stop, tile * (64 // P.halves), P)

@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_bands import find_zeros, take_scale
-from moelten.kernels.hopper_parts import ask, decode, multiply_part, put
+from moelten.kernels.hopper_parts import ask, decode, multiply_part
 from moelten.kernels.hopper_products import wait_for_products
 from moelten.kernels.hopper_ring import leave, place_of, wait_until_full
 from moelten.kernels.hopper_units import begin, finish, in_units
@@ -39,6 +39,19 @@ def _ask(ring, slot, turn: gl.constexpr, BANDS: gl.constexpr, SPAN: gl.constexpr
 
 
 @gluon.jit
+def _decode(
+    loaded, a, zero, chunk, turn: gl.constexpr, BANDS: gl.constexpr, SPAN: gl.constexpr,
+    P: gl.constexpr,
+):  # fmt: skip
+    """Operands of a turn of a stage, which begins with a chunk: those that it asked for, or its
+    band's last ones."""
+    if _group_of(turn, BANDS, P.groups) == 0:
+        return decode(loaded, zero[turn % BANDS], chunk + _first_of(turn, BANDS, SPAN, P.groups), P)
+    else:
+        return a
+
+
+@gluon.jit
 def _end_block(turn):
     """The same number. It is never negative, which the compiler does not know: so a basic block
     ends here, and what was decoded before does not sink below the wait that follows."""
@@ -56,34 +69,21 @@ def _end_block(turn):
 
 
 @gluon.jit
-def _prepare(
-    acc, unit, a, loaded, ring, zero, slot, x_slot, chunk, more, turn: gl.constexpr,
+def _bring(
+    acc, unit, ring, slot, x_slot, chunk, more, turn: gl.constexpr,
     BANDS: gl.constexpr, SPAN: gl.constexpr, P: gl.constexpr,
 ):  # fmt: skip
-    """What a turn of a stage, which begins with a chunk, needs: (sums, their units, operands)."""
-    BAND: gl.constexpr = turn % BANDS
-    GROUP: gl.constexpr = _group_of(turn, BANDS, P.groups)
+    """A band's sums in units of the scales of its turn, of a stage that begins with a chunk:
+    (sums, their units)."""
     C: gl.constexpr = _first_of(turn, BANDS, SPAN, P.groups)
-    if P.scaled and C % P.served == 0:
-        scale = take_scale(ring, slot, BAND, chunk + C, GROUP, P)
+    GROUP: gl.constexpr = _group_of(turn, BANDS, P.groups)
+    if C % P.served == 0:
+        scale = take_scale(ring, slot, turn % BANDS, chunk + C, GROUP, P)
         if P.groups == 2 and turn == 0:
             # The unit that sums are in after the last stage is that of a second group.
-            scale = gl.where(more, scale, unit[BAND])
-        sums, own = in_units(acc[BAND], unit[BAND], scale, ring, x_slot, C // 2, P)
-        acc = put(acc, BAND, sums, BANDS)
-        unit = put(unit, BAND, own, BANDS)
-    if GROUP == 0:
-        a = put(a, BAND, decode(loaded, zero[BAND], chunk + C, P), BANDS)
-    return acc, unit, a
-
-
-@gluon.jit
-def _wait(acc, band: gl.constexpr, others: gl.constexpr, BANDS: gl.constexpr):
-    """Wait for a band's products, and for no more than so many later ones.
-
-    BANDS: of acc; without them Triton takes one band of 8 tensors for two of 4
-    """
-    return put(acc, band, wait_for_products(acc[band], others), BANDS)
+            scale = gl.where(more, scale, unit)
+        acc, unit = in_units(acc, unit, scale, ring, x_slot, C // 2, P)
+    return acc, unit
 
 
 @gluon.jit
@@ -108,30 +108,32 @@ def _stage(
     TURNS: gl.constexpr = BANDS * P.groups * (STAGE // SPAN)
     a = (first,) * BANDS
     before = slot
+    x_slot = slot
+    # Of bands the one whose turn it is stands first.
     for i in gl.static_range(TURNS):
         now = multiply_part(
-            acc[i % BANDS], a[i % BANDS], ring, before, _first_of(i, BANDS, SPAN, P.groups),
+            acc[0], a[0], ring, before, _first_of(i, BANDS, SPAN, P.groups),
             _group_of(i, BANDS, P.groups), N, SPAN, P,
         )  # fmt: skip
-        acc = put(acc, i % BANDS, now, BANDS)
         if BANDS == 1:
-            acc = _wait(acc, 0, 0, BANDS)
+            now = wait_for_products(now, 0)
+        acc, unit, a = acc[1:] + (now,), unit[1:] + unit[:1], a[1:] + a[:1]
         if i > 0:
-            acc = _wait(acc, (i - 1) % BANDS, 1, BANDS)
+            acc = (wait_for_products(acc[0], 1),) + acc[1:]
         if i + 1 == TURNS:
             slot = _next_slot(ring, slot, turn, more, P)
         loaded = _ask(ring, slot, (i + 1) % TURNS, BANDS, SPAN, P)
-        if i + 1 < TURNS:
-            acc, unit, a = _prepare(
-                acc, unit, a, loaded, ring, zero, slot, slot, chunk, more, i + 1, BANDS, SPAN, P
-            )  # fmt: skip
-    x_slot = gl.where(more, slot, P.variant.slots)
-    after = gl.minimum(chunk + STAGE, P.chunks - 1)
-    acc, unit, a = _prepare(
-        acc, unit, a, loaded, ring, zero, slot, x_slot, after, more, 0, BANDS, SPAN, P
-    )  # fmt: skip
+        if i + 1 == TURNS:
+            x_slot = gl.where(more, slot, P.variant.slots)
+            chunk = gl.minimum(chunk + STAGE, P.chunks - 1)
+        if P.scaled:
+            own, its = _bring(
+                acc[0], unit[0], ring, slot, x_slot, chunk, more, (i + 1) % TURNS, BANDS, SPAN, P
+            )
+            acc, unit = (own,) + acc[1:], (its,) + unit[1:]
+        a = (_decode(loaded, a[0], zero, chunk, (i + 1) % TURNS, BANDS, SPAN, P),) + a[1:]
     turn = _end_block(turn)
-    acc = _wait(acc, (TURNS - 1) % BANDS, 0, BANDS)
+    acc = acc[:-1] + (wait_for_products(acc[-1], 0),)
     leave(before, P)
     return acc, unit, a[0], slot, turn + 1
 
