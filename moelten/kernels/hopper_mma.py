@@ -92,6 +92,33 @@ def _add_chunk(
 
 
 @gluon.jit
+def _stage(
+    acc, none, ring, zero, slot, first, UNITS: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr
+):
+    """Sums of each band after a stage, which begins with a chunk.
+
+    none: no sums of each band yet
+    """
+    STAGE: gl.constexpr = P.variant.stage
+    OPERAND: gl.constexpr = P.operand
+    part = none
+    for c in gl.static_range(STAGE):
+        chunk = first + c
+        b = _take_tokens(ring, slot, c, UNITS, P)
+        sums = ()
+        rest = ()
+        for t in gl.static_range(BANDS):
+            a = decode_weights(load_weights(ring, slot, t, c, P), zero[t], chunk, P, OPERAND)
+            own, waiting = _add_chunk(acc[t], part[t], a, b, ring, slot, t, chunk, c, UNITS, P)
+            sums = sums + (own,)
+            rest = rest + (waiting,)
+        acc = sums
+        part = rest
+    leave(slot, P)
+    return acc
+
+
+@gluon.jit
 def warp_sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
     N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
@@ -99,29 +126,12 @@ def warp_sums(
     """Sums [128, 8] of a piece's first bands, band after band, of so many tokens."""
     UNITS: gl.constexpr = N // 8
     STAGE: gl.constexpr = P.variant.stage
-    OPERAND: gl.constexpr = P.operand
     zero = find_zeros(zero_ptr, expert, row_tile, P)
-    acc = ()
-    none = ()
-    for _ in gl.static_range(BANDS):
-        acc = acc + (no_sums(UNITS, 8, WARP_SUMS),)
-        none = none + (no_sums(UNITS, 8, WARP_SUMS),)
+    none = (no_sums(UNITS, 8, WARP_SUMS),) * BANDS
+    acc = none
     for step in range(steps):
         slot = wait_until_full(ring, place_of(turn, P))
-        part = none
-        for c in gl.static_range(STAGE):
-            chunk = step * STAGE + c
-            b = _take_tokens(ring, slot, c, UNITS, P)
-            sums = ()
-            rest = ()
-            for t in gl.static_range(BANDS):
-                a = decode_weights(load_weights(ring, slot, t, c, P), zero[t], chunk, P, OPERAND)
-                own, waiting = _add_chunk(acc[t], part[t], a, b, ring, slot, t, chunk, c, UNITS, P)
-                sums = sums + (own,)
-                rest = rest + (waiting,)
-            acc = sums
-            part = rest
-        leave(slot, P)
+        acc = _stage(acc, none, ring, zero, slot, step * STAGE, UNITS, BANDS, P)
         turn += 1
     out = ()
     for t in gl.static_range(BANDS):
