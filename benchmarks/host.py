@@ -15,10 +15,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"tiny": (8, 256, 128, 2), "first": (16, 2048, 768, 4), "second": (16, 2880, 1024, 4)}
@@ -57,11 +59,27 @@ def first_call(name: str, tokens: int = 4) -> float:
     return time.perf_counter() - start
 
 
+def mean_us(call: Callable[[], object], count: int = 1) -> float:
+    """Microseconds until a call returns, or each of `count` calls: the median round's mean."""
+    import torch
+
+    rounds = []
+    for _ in range(_ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(_CALLS // count):
+            call()
+        rounds.append((time.perf_counter() - start) / _CALLS)
+    return round(statistics.median(rounds) * 1e6, 2)
+
+
 def call_times() -> dict[str, float]:
-    """Microseconds until `fused_moe` returns: the median round's mean, by kind of call."""
+    """Microseconds until `fused_moe` returns, by kind of call; and what of that is not launching,
+    with a driver that launches nothing."""
     import torch
 
     from moelten import fused_moe, workspace_bytes
+    from moelten.kernels import launches
 
     experts, x, routing = make("tiny")
     others = [(make("tiny", seed), torch.empty_like(x)) for seed in range(1, 5)]
@@ -69,28 +87,23 @@ def call_times() -> dict[str, float]:
     size = workspace_bytes(experts, x.shape[0], routing.top_k)
     workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
 
+    def plain() -> None:
+        fused_moe(x, experts, routing)
+
     def rotate() -> None:
         for (layer, rows, choice), there in others:
             fused_moe(rows, layer, choice, out=there)
 
-    calls = {
-        "call_us": (lambda: fused_moe(x, experts, routing), 1),
-        "call_us_workspace": (
-            lambda: fused_moe(x, experts, routing, out=out, workspace=workspace),
-            1,
+    found = {
+        "call_us": mean_us(plain),
+        "call_us_workspace": mean_us(
+            lambda: fused_moe(x, experts, routing, out=out, workspace=workspace)
         ),
-        "call_us_other_layers": (rotate, len(others)),
+        "call_us_other_layers": mean_us(rotate, len(others)),
     }
-    found = {}
-    for name, (call, count) in calls.items():
-        rounds = []
-        for _ in range(_ROUNDS):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(_CALLS // count):
-                call()
-            rounds.append((time.perf_counter() - start) / _CALLS)
-        found[name] = round(statistics.median(rounds) * 1e6, 2)
+    _, *questions = launches._driver()
+    with mock.patch.object(launches, "_driver", lambda: (lambda *arguments: 0, *questions)):
+        found["call_us_without_launches"] = mean_us(plain)
     return found
 
 
