@@ -15,6 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from moelten.formats import Format
 from moelten.kernels.hopper_codes import Storage
 from moelten.kernels.hopper_schedule import type_name
+from moelten.kernels.launches import OPTIONS
 
 # None where the kernel is given nothing.
 Types = dict[str, str | None]
@@ -56,7 +57,7 @@ def compile_kernel(kernel: Any, types: Types, values: dict[str, object], **optio
     source = GluonASTSource(kernel, signature, constants, aligned)
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=OPTIONS | options)
 
 
 def listing_of(cubin: bytes) -> list[str]:

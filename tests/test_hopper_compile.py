@@ -35,7 +35,7 @@ from moelten.kernels.hopper_decode import Task, decode_kernel
 from moelten.kernels.hopper_ring import OPERANDS
 from moelten.kernels.hopper_rows import gather_kernel
 from moelten.kernels.hopper_schedule import make_variant, slot_bytes
-from moelten.kernels.launches import _NUMBERS, _SCRATCH, _is_plain, _kinds
+from moelten.kernels.launches import _NUMBERS, _SCRATCH, OPTIONS, _is_plain, _kinds
 
 # Format, operand type, and the most instructions of the loop per weight at 8 tokens.
 CASES: dict[str, tuple[Format, str, float]] = {
@@ -126,7 +126,7 @@ def test_gather_reads_a_row_once(columns, normalized):
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types}
     source = ASTSource(gather_kernel, signature, values, aligned)
     warps = block // 512
-    options = {"num_warps": warps}
+    options = OPTIONS | {"num_warps": warps}
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert stack_bytes(kernel.asm["cubin"]) == 0
     listing = "\n".join(listing_of(kernel.asm["cubin"]))

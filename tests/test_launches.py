@@ -236,12 +236,19 @@ def test_threads_do_not_mix_addresses(driver):
     assert len(driver.launches) == 4 * 200 * 2
 
 
-def test_all_kernels_of_a_layer_are_launched_here():
-    """A launch beside `launch` would be missing from the repetition."""
+def test_all_kernels_are_launched_here():
+    """A launch beside `launch` would be missing from the repetition, and have other options."""
     folder = Path(moelten.__file__).parent / "kernels"
     for path in (*folder.glob("triton_*.py"), *folder.glob("hopper*.py")):
-        if path.name != "triton_routing.py":  # one launch, of a call of its own
-            assert not re.findall(r"kernel\w*\[[^\]]*\]\(", path.read_text()), path.name
+        assert not re.findall(r"kernel\w*\[[^\]]*\]\(", path.read_text()), path.name
+
+
+def test_every_kernel_has_the_options_that_tests_compile_with():
+    """Whatever a version of Triton, or its environment, takes for granted."""
+    kernel = Kernel(1)
+    launch(kernel, (3,), num_warps=8)
+    assert kernel.seen == [((3,), (), launches.OPTIONS | {"num_warps": 8})]
+    assert launches.OPTIONS == {"enable_fp_fusion": True}
 
 
 def test_a_kernel_that_does_not_compile_leaves_nothing_behind():

@@ -22,6 +22,7 @@ from triton_offline import Build, Compilers, Result, all_builds, stack_bytes
 from triton_targets import TARGETS
 
 from moelten.kernels import triton_plan
+from moelten.kernels.launches import OPTIONS
 from moelten.kernels.triton_variants import make_variant
 
 PRODUCTS = {
@@ -92,7 +93,9 @@ def test_the_plan_builds(target, experts):
         constants = {n: value for n, value in sizes.items() if n in names}
         signature = {n: kinds.get(n, "constexpr") for n in names}
         code = triton.compile(
-            ASTSource(kernel, signature, constants), target=gpu, options={"num_warps": warps}
+            ASTSource(kernel, signature, constants),
+            target=gpu,
+            options=OPTIONS | {"num_warps": warps},
         ).asm
         if gpu.backend == "cuda":
             assert stack_bytes(code["cubin"]) == 0

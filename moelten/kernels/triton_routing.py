@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moelten.kernels.arena import on_device
+from moelten.kernels.launches import launch
 from moelten.kernels.triton_casts import widen
 from moelten.routing import METHODS, Routing
 
@@ -75,7 +76,8 @@ def route(
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
     if tokens:
         with on_device(logits.device):
-            route_kernel[(tokens,)](
+            launch(
+                route_kernel, (tokens,),
                 logits.contiguous(), None if bias is None else bias.contiguous(), ids, weights,
                 routed_scaling_factor,
                 EXPERTS=experts, SIZE=max(triton.next_power_of_2(experts), 2),
