@@ -15,6 +15,15 @@ INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
+def only_if(condition, mask):
+    """A mask, or nothing of it, as one number says.
+
+    Not `&`, of which the interpreter of Triton 3.9 makes integers, and then takes no such mask.
+    """
+    return tl.where(condition, mask, False)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b for equal operand types; fp32 accumulation, int32 for int8."""
     if INTERPRET and acc.dtype == tl.float32:

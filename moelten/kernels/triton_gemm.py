@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moelten.formats import Format
 from moelten.kernels.launches import launch
-from moelten.kernels.triton_casts import INTERPRET, abs_bits, dot, widen
+from moelten.kernels.triton_casts import INTERPRET, abs_bits, dot, only_if, widen
 from moelten.kernels.triton_decode import (
     columns_of,
     decode_bytes,
@@ -182,7 +182,7 @@ def _scales(pointer, row, inside, start, SIDE: tl.constexpr, P: tl.constexpr):
         return load_raw_scale(pointer + row[:, None] + g[None, :], mask, KIND)
     else:
         return load_raw_scale(
-            pointer + row + start // SIDE.group, inside & (start < P.columns), KIND
+            pointer + row + start // SIDE.group, only_if(start < P.columns, inside), KIND
         )
 
 
@@ -231,7 +231,7 @@ def _parameters(weights, x, rows, tokens, start, P: tl.constexpr):
     zero = 0
     if w_zero_ptr is not None:
         at = w_zero_ptr + scale_row + start // W.group
-        zero = tl.load(at, mask=inside_r & (start < P.columns), other=0)
+        zero = tl.load(at, mask=only_if(start < P.columns, inside_r), other=0)
     token_scale = 0
     if A.mode == "group":
         token_scale = _scales(a_scale_ptr, token_scale_row, inside_m, start, A, P)

@@ -24,6 +24,7 @@ from moelten.kernels.triton_casts import (
     encode_e4m3,
     encode_e8m0,
     encode_int8,
+    only_if,
     round_to,
     widen,
 )
@@ -298,7 +299,7 @@ def combine_kernel(
         row = token * TOP_K + slot
         local = tl.load(ids_ptr + row).to(tl.int64) - first_expert
         valid = (local >= 0) & (local < num_experts)
-        total += tl.load(y_ptr + row * width + column, mask=inside & valid, other=0.0)
+        total += tl.load(y_ptr + row * width + column, mask=only_if(valid, inside), other=0.0)
     tl.store(
         out_ptr + token * width + column, round_to(total, out_ptr.dtype.element_ty), mask=inside
     )
