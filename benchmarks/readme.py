@@ -60,7 +60,8 @@ def host_line(record: Record) -> str:
     return (
         f"Outside CUDA graphs `fused_moe` returns after {record['call_us']:.0f} us "
         f"({record['call_us_workspace']:.0f} us with a workspace, "
-        f"{record['call_us_other_layers']:.0f} us where each call is another layer's). A first "
+        f"{record['call_us_other_layers']:.0f} us where each call is another layer's); all but the "
+        f"driver's launches takes {record['call_us_without_launches']:.0f} us. A first "
         f"call takes {record['cold_first_call_s']:.1f} s where nothing is compiled "
         f"({record['cold_many_tokens_s']:.1f} s for many tokens), "
         f"{record['warm_new_shape_ms']:.0f} ms for a shape whose kernels are in Triton's cache; "

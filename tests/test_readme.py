@@ -90,6 +90,7 @@ def test_ragged_sizes_and_the_host_become_sentences(generator, tmp_path):
     (tmp_path / "h200-hopper-ragged.json").write_text(json.dumps(ragged))
     host = dict.fromkeys(("call_us", "call_us_workspace", "call_us_other_layers"), 14.2)
     host |= {
+        "call_us_without_launches": 9.6,
         "cold_first_call_s": 5.25,
         "cold_many_tokens_s": 7.0,
         "warm_new_shape_ms": 30.5,
@@ -98,7 +99,8 @@ def test_ragged_sizes_and_the_host_become_sentences(generator, tmp_path):
     (tmp_path / "h200-host.json").write_text(json.dumps(host))
     section = generator.speed_section(tmp_path)
     assert "1 layers" in section and "1.00 times (median) to 1.20 times (worst)" in section
-    assert "after 14 us" in section and "5.2 s" in section and "0123456," in section
+    assert "after 14 us" in section and "launches takes 10 us" in section
+    assert "5.2 s" in section and "0123456," in section
     assert "| scheme" not in section
 
 
