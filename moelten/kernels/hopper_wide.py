@@ -109,7 +109,7 @@ def _stage(
     a = (first,) * BANDS
     before = slot
     x_slot = slot
-    # Of bands the one whose turn it is stands first.
+    # Of bands, which are two at most, the one whose turn it is stands first and the other last.
     for i in gl.static_range(TURNS):
         now = multiply_part(
             acc[0], a[0], ring, before, _first_of(i, BANDS, SPAN, P.groups),
