@@ -116,7 +116,7 @@ def compiled(
 
 
 # GEMM1 of every kind of codes; GEMM2, which differs in its epilogue, where registers are scarcest,
-# with a last piece of which three row tiles are nothing.
+# with a last piece of which three row tiles are nothing: all of some warpgroups, or one band.
 @pytest.mark.parametrize(
     "name, halves, choose, x_scale, more",
     [
@@ -126,6 +126,7 @@ def compiled(
         *((name, 2, narrow_variant, "none", True) for name in ("mxfp4", "nvfp4", "int4g32")),
         *((name, 1, slim_variant, "none", True) for name in ("int4g128z", "fp8block", "int8")),
         *((name, 1, tall_variant, "none", True) for name in ("mxfp4", "int4g32z")),
+        ("mxfp4", 1, narrow_variant, "none", True),
         ("int4g128", 2, tall_variant, "none", True),
         ("fp8block", 2, wide_variant, "group", True),
         ("int4g128z", 1, wide_variant, "group", True),
@@ -168,9 +169,10 @@ def test_machine_code(name, halves, choose, x_scale, more):
         # Warpgroups do not wait for each other.
         assert "BAR" not in [name for line in body if "SYNC" in line for name in operations([line])]
     # All run the same loops: one for every 8 tokens from 24 or 48 on, of large tiles for every 16
-    # from 64 on, and one of half a piece, if any.
+    # from 64 on, and some for warpgroups with one band of the last piece, if there are any.
     most, block = max(count for _, count in found), variant.block
-    rests = [(block, most // 2)] if halves == 1 and not variant.few else []
+    last = [32, 48, 64] if variant.few else [block]
+    rests = [(n, most // 2) for n in last] if halves == 1 and variant.bands == 2 else []
     first = 24 if block == 64 else 48
     widths = range(first, block + 1, 8) if variant.few else range(64, block + 1, 16)
     assert sorted(found) == sorted(rests + [(n, most) for n in widths])

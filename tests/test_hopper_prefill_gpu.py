@@ -168,6 +168,17 @@ def test_narrow_tiles(always_narrow, name):
     check_narrow(name, (9, 60), (2880, 288))
 
 
+@pytest.mark.parametrize("hidden, inter", [(9, 11), (14, 15), (10, 13)])
+@pytest.mark.parametrize("kind", ["warps", "narrow", "tall", "wide"])
+def test_last_pieces(request, kind, hidden, inter):
+    """Row tiles of w2 and of w13 of which a last piece has 1 to 7 of 8, or 1 to 3 of 4."""
+    request.getfixturevalue(f"always_{kind}")
+    sizes = {"hidden_size": 64 * hidden, "intermediate_size": 32 * inter}
+    case = Case(scheme("mxfp4_bf16"), num_experts=3, biases=True, **sizes)
+    for tokens in (9, 60, 140):
+        check(make_weights(case), *make_input(replace(case, tokens=tokens)))
+
+
 @pytest.mark.parametrize("hidden, inter", [(2880, 80), (1856, 192), (72, 232), (704, 1856)])
 @pytest.mark.parametrize("name", ["mxfp4_bf16", "int4_bf16", "fp8_bf16", "bf16_bf16"])
 def test_ragged_sizes(always_wide, name, hidden, inter):

@@ -26,7 +26,7 @@ from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
 from moelten.kernels.hopper_narrow import narrow_sums
 from moelten.kernels.hopper_products import TOKENS, find, number_memory, sums_layout
 from moelten.kernels.hopper_results import announce, finish_piece, row_factors
-from moelten.kernels.hopper_ring import leave, place_of, produce, take_work
+from moelten.kernels.hopper_ring import leave, place_of, produce, take_work, wait_until_full
 from moelten.kernels.hopper_wide import wide_sums
 
 # Of a thread of the producer; those of the warpgroups have what it leaves.
@@ -42,6 +42,32 @@ def _opaque(number):
 
 
 @gluon.jit
+def _team(number):
+    """Which warpgroup this is, asked anew where it is needed; the same for all lanes, as the last
+    instruction tells the assembler."""
+    return gl.inline_asm_elementwise(
+        """{.reg .b32 team; mov.u32 team, %tid.x; shr.u32 team, team, 7;
+        redux.sync.max.s32 $0, team, 0xffffffff;}""",
+        "=r,r", [number], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _layout(P):
+    """Of sums."""
+    return WARP_SUMS.value if P.variant.by_warp else sums_layout(P.variant.warps)
+
+
+@gluon.jit
+def _pass_by(ring, turn, steps, P: gl.constexpr):
+    """A piece of work of which this warpgroup has nothing."""
+    for _ in range(steps):
+        leave(wait_until_full(ring, place_of(turn, P)), P)
+        turn += 1
+    return turn
+
+
+@gluon.jit
 def _sums(
     ring, turn, zero_ptr, expert, row_tile, steps,
     N: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
@@ -49,32 +75,66 @@ def _sums(
     """A piece of work of so many tokens and bands: a block's sums of each band there may be."""
     FEW: gl.constexpr = warp_sums if P.variant.by_warp else narrow_sums
     SUMS_OF: gl.constexpr = FEW if P.variant.few else wide_sums
-    acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
+    LAYOUT: gl.constexpr = _layout(P)
     ALL: gl.constexpr = P.variant.bands
     HELD: gl.constexpr = P.held
-    LAYOUT: gl.constexpr = acc[0].type.layout
-    UNITS: gl.constexpr = len(acc) // BANDS
-    none = no_sums(HELD - UNITS, TOKENS, LAYOUT)
     out = ()
-    for b in gl.static_range(BANDS):
-        out = out + acc[b * UNITS : (b + 1) * UNITS] + none
+    if BANDS == 0:
+        turn = _pass_by(ring, turn, steps, P)
+    else:
+        acc, turn = SUMS_OF(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
+        UNITS: gl.constexpr = len(acc) // BANDS
+        none = no_sums(HELD - UNITS, TOKENS, LAYOUT)
+        for b in gl.static_range(BANDS):
+            out = out + acc[b * UNITS : (b + 1) * UNITS] + none
     return out + no_sums((ALL - BANDS) * HELD, TOKENS, LAYOUT), turn
+
+
+@gluon.constexpr_function
+def _widths(P, bands):
+    """Numbers of tokens that so many bands are multiplied for. Fewer of a last piece, which is a
+    small part of a matrix, lest there is much to compile."""
+    if bands == P.variant.bands:
+        return P.widths
+    return P.widths[::-2][::-1] if P.variant.few and bands > 0 else P.widths[-1:]
 
 
 @gluon.jit
 def _sums_of(
-    ring, turn, zero_ptr, expert, row_tile, steps, tokens, i: gl.constexpr, P: gl.constexpr
-):
-    """`_sums` of all bands and of a number of tokens, the i-th one or more, known at run time."""
-    BANDS: gl.constexpr = P.variant.bands
-    N: gl.constexpr = P.widths[i]
-    if i + 1 == len(P.widths):
+    ring, turn, zero_ptr, expert, row_tile, steps, tokens,
+    i: gl.constexpr, BANDS: gl.constexpr, P: gl.constexpr,
+):  # fmt: skip
+    """`_sums` of a number of tokens, the i-th one or more, known at run time."""
+    WIDTHS: gl.constexpr = _widths(P, BANDS)
+    N: gl.constexpr = WIDTHS[i]
+    if i + 1 == len(WIDTHS):
         return _sums(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
     else:
         if tokens <= N:
             acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, N, BANDS, P)
         else:
-            acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, tokens, i + 1, P)
+            acc, turn = _sums_of(
+                ring, turn, zero_ptr, expert, row_tile, steps, tokens, i + 1, BANDS, P
+            )
+        return acc, turn
+
+
+@gluon.jit
+def _own_sums(
+    ring, turn, zero_ptr, expert, row_tile, steps, tokens, own, i: gl.constexpr, P: gl.constexpr
+):
+    """`_sums_of` as many bands as this warpgroup has: the i-th of the fewer ones, or more."""
+    if i == len(P.fewer):
+        ALL: gl.constexpr = P.variant.bands
+        return _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, tokens, 0, ALL, P)
+    else:
+        BANDS: gl.constexpr = P.fewer[i]
+        if own == BANDS:
+            acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, tokens, 0, BANDS, P)
+        else:
+            acc, turn = _own_sums(
+                ring, turn, zero_ptr, expert, row_tile, steps, tokens, own, i + 1, P
+            )
         return acc, turn
 
 
@@ -83,25 +143,25 @@ def _multiply_piece(
     ring, turn, zero_ptr, epilogue, expert, first, stop, row_tile, steps, P: gl.constexpr
 ):
     """A piece of work: sums, and what follows them."""
-    BANDS: gl.constexpr = P.variant.bands
-    BLOCK: gl.constexpr = P.variant.block
+    TEAMS: gl.constexpr = P.variant.teams
     tokens = stop - first
     steps = _opaque(steps)
-    SUMS: gl.constexpr = WARP_SUMS if P.variant.by_warp else sums_layout(P.variant.warps)
+    LAYOUT: gl.constexpr = _layout(P)
     # Asked for before they are needed, where there are registers to hold them.
     EARLY: gl.constexpr = P.variant.few and P.variant.programs == 1
     rows = 0
     if EARLY:
-        rows = row_factors(epilogue, expert.to(gl.int64), row_tile, SUMS, P)
+        rows = row_factors(epilogue, expert.to(gl.int64), row_tile, LAYOUT, P)
     announce(epilogue, expert.to(gl.int64), row_tile, P)
-    if P.uneven and row_tile + P.variant.tiles // 2 >= P.row_tiles:
-        # Half the bands of the last piece, for which one number of tokens does.
-        acc, turn = _sums(ring, turn, zero_ptr, expert, row_tile, steps, BLOCK, BANDS // 2, P)
-    else:
-        acc, turn = _sums_of(ring, turn, zero_ptr, expert, row_tile, steps, tokens, 0, P)
+    own = 0
+    if len(P.fewer) > 0:
+        # Bands of which this warpgroup has a row tile.
+        left = P.row_tiles - row_tile - _team(row_tile)
+        own = gl.minimum((left + TEAMS - 1) // TEAMS, P.variant.bands)
+    acc, turn = _own_sums(ring, turn, zero_ptr, expert, row_tile, steps, tokens, own, 0, P)
     first, expert = _opaque(first), _opaque(expert).to(gl.int64)
     if not EARLY:
-        rows = row_factors(epilogue, expert, row_tile, SUMS, P)
+        rows = row_factors(epilogue, expert, row_tile, LAYOUT, P)
     finish_piece(acc, rows, epilogue, expert, first, stop, row_tile, P)
     return turn
 

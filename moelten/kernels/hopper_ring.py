@@ -132,15 +132,17 @@ class Problem(Gemm):
         return tuple(range(64, self.variant.block + 1, 16))
 
     @property
-    def uneven(self) -> bool:
-        """Whether half of a matrix's last piece, or more, is nothing, and not multiplied.
+    def fewer(self) -> tuple[int, ...]:
+        """Bands of warpgroups that have not all of them in a matrix's last piece.
 
-        Not for groups of 32 that are scaled, as ptxas then lets all products wait for each other.
+        Empty where all have row tiles in all bands; and for groups of 32 that are scaled, as ptxas
+        then lets all products wait for each other.
         """
-        rest = self.row_tiles % self.variant.tiles
-        multiplied_long = not self.variant.by_warp and self.groups == 1
-        halved = self.variant.bands > 1 and multiplied_long
-        return halved and 0 < rest <= self.variant.tiles // 2
+        rest, teams = self.row_tiles % self.variant.tiles, self.variant.teams
+        if rest == 0 or (self.groups == 2 and not self.variant.by_warp):
+            return ()
+        counts = {-(-max(rest - team, 0) // teams) for team in range(teams)}
+        return tuple(sorted(counts - {self.variant.bands}))
 
     @property
     def spread(self) -> bool:
