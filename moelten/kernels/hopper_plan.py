@@ -25,7 +25,8 @@ from moelten.kernels.triton_plan import (
     tile_start,
 )
 
-_SCAN = 1024
+# Pairs that a program looks at together.
+_SCAN = 2048
 _MAX_PAIRS = 8192
 # Pairs times experts, each of which counts all pairs, from which on two launches take less time.
 _MAX_COUNTED = 1 << 19
@@ -43,12 +44,13 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan)
     if size > _MAX_PAIRS or (alone and size * num_experts > _MAX_COUNTED):
         make_tile_plan(ids, num_experts, first_expert, plan)
         return
+    scan = min(max(triton.next_power_of_2(size), 32), _SCAN)
     launch(
         plan_kernel, (num_experts,),
         ids.contiguous(), plan.pairs, plan.tiles, plan.count, plan.inverse,
         size, num_experts, first_expert, plan.max_tiles,
         BLOCK=plan.block, UNIT=plan.unit, EXPERTS=triton.next_power_of_2(num_experts),
-        SCAN=min(max(triton.next_power_of_2(size), 32), _SCAN),
+        SCAN=scan, num_warps=4 if scan < 1024 else 8,
     )  # fmt: skip
 
 
@@ -139,15 +141,22 @@ def combine_kernel(
     first = tl.program_id(1) * BLOCK
     column = first + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
+    # What GEMM2 does not write, before waiting for it.
+    where = ()
+    for slot in tl.static_range(TOP_K):
+        pair = token * TOP_K + slot
+        if inverse_ptr is not None:
+            where = where + (tl.load(inverse_ptr + pair).to(tl.int64),)
+        else:
+            where = where + (tl.load(ids_ptr + pair).to(tl.int64) - first_expert,)
     gdc_wait()
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         if inverse_ptr is not None:
-            row = tl.load(inverse_ptr + pair).to(tl.int64)
+            row = where[slot]
             brought = load_sums(y_ptr, row, first, row >= 0, columns, BLOCK)
         else:
-            local = tl.load(ids_ptr + pair).to(tl.int64) - first_expert
-            inside = (column < columns) & (local >= 0) & (local < num_experts)
+            inside = (column < columns) & (where[slot] >= 0) & (where[slot] < num_experts)
             brought = tl.zeros((BLOCK,), tl.float32)
             for split in tl.static_range(SPLITS):
                 at = split * split_stride + pair * columns + column
