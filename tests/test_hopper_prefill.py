@@ -126,7 +126,7 @@ def compiled(
         *((name, 2, narrow_variant, "none", True) for name in ("mxfp4", "nvfp4", "int4g32")),
         *((name, 1, slim_variant, "none", True) for name in ("int4g128z", "fp8block", "int8")),
         *((name, 1, tall_variant, "none", True) for name in ("mxfp4", "int4g32z")),
-        ("mxfp4", 1, narrow_variant, "none", True),
+        *((name, 1, narrow_variant, "none", name == "nvfp4") for name in ("mxfp4", "nvfp4")),
         ("int4g128", 2, tall_variant, "none", True),
         ("fp8block", 2, wide_variant, "group", True),
         ("int4g128z", 1, wide_variant, "group", True),

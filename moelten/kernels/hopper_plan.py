@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from moelten.kernels.hopper_sums import in_columns, load_sums
 from moelten.kernels.launches import launch
-from moelten.kernels.triton_casts import round_to
+from moelten.kernels.triton_casts import only_if, round_to
 from moelten.kernels.triton_plan import (
     TilePlan,
     histogram,
@@ -71,7 +71,7 @@ def plan_kernel(
         local = local_experts(ids_ptr, i, size, num_experts, first_expert)
         counts += histogram(local, num_experts, EXPERTS)
         if inverse_ptr is not None:
-            nowhere = (local == num_experts) & (i < size) & (expert == 0)
+            nowhere = only_if(expert == 0, (local == num_experts) & (i < size))
             tl.store(inverse_ptr + i, -1, mask=nowhere)
         start += SCAN
     tiles = (counts + BLOCK - 1) // BLOCK
@@ -156,7 +156,8 @@ def combine_kernel(
             row = where[slot]
             brought = load_sums(y_ptr, row, first, row >= 0, columns, BLOCK)
         else:
-            inside = (column < columns) & (where[slot] >= 0) & (where[slot] < num_experts)
+            valid = (where[slot] >= 0) & (where[slot] < num_experts)
+            inside = only_if(valid, column < columns)
             brought = tl.zeros((BLOCK,), tl.float32)
             for split in tl.static_range(SPLITS):
                 at = split * split_stride + pair * columns + column

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from moelten.formats import Format, Int8
 from moelten.kernels.launches import launch
-from moelten.kernels.triton_casts import abs_bits, round_to, widen
+from moelten.kernels.triton_casts import abs_bits, only_if, round_to, widen
 from moelten.kernels.triton_ops import (
     Pairs,
     Rows,
@@ -116,12 +116,12 @@ def quantize_kernel(
         scale, last_scale = _units(scale, GROUPS, last)
     for slot in tl.static_range(SLOTS):
         known = positions[slot] >= 0
-        tl.store(out_ptr + positions[slot] * STRIDE + k, codes, mask=(k < WIDTH) & known)
+        tl.store(out_ptr + positions[slot] * STRIDE + k, codes, mask=only_if(known, k < WIDTH))
         if GROUPED:
             at = scale_ptr + (g.to(tl.int64) * count + positions[slot]) * 4
-            tl.store(at, scale, mask=(g <= last) & known)
+            tl.store(at, scale, mask=only_if(known, g <= last))
         else:
-            tl.store(scale_ptr + positions[slot] + g, scale, mask=(g < 1) & known)
+            tl.store(scale_ptr + positions[slot] + g, scale, mask=only_if(known, g < 1))
         if last_ptr is not None:
             tl.store(last_ptr + positions[slot], last_scale, mask=known)
 
@@ -207,7 +207,7 @@ def gather_kernel(
         word = tl.trans(tl.reshape(word, (BLOCK // 16, 4, 4)), (0, 2, 1)).reshape((BLOCK,))
         to = start + tl.arange(0, BLOCK)
         for slot in tl.static_range(SLOTS):
-            known = (to < WIDTH) & (positions[slot] >= 0)
+            known = only_if(positions[slot] >= 0, to < WIDTH)
             tl.store(out_ptr + positions[slot] * STRIDE + to, word.to(tl.int32), mask=known)
     if scale_ptr is not None:
         for slot in tl.static_range(SLOTS):

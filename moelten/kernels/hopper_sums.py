@@ -21,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moelten.kernels.hopper_fragments import cut
+from moelten.kernels.triton_casts import only_if
 
 # The larger, and a little more, lest it is rounded up to 2**11; its exponent e, of 8 bits; and
 # 2**(113 - e), which is fp32 with exponent 240 - e. Half of e's bits lie in each half of the word.
@@ -97,7 +98,7 @@ def load_sums(y_ptr, row, first, there, columns, COUNT: tl.constexpr):
     """
     two = first // 2 + tl.arange(0, COUNT // 2)
     at = y_ptr.to(tl.pointer_type(tl.uint32)) + row * (columns // 2) + two
-    words = tl.load(at, mask=(two < columns // 2) & there, other=0)
+    words = tl.load(at, mask=only_if(there, two < columns // 2), other=0)
     e = (words >> 11 & 0xF) | (words >> 23 & 0xF0)
     power = tl.where(e > 239, 0x7FC00000, (e + 14) << 23).to(tl.float32, bitcast=True)
     return tl.join(_half(words, 0) * power, _half(words, 16) * power).reshape([COUNT])
