@@ -153,8 +153,7 @@ def combine_kernel(
     for slot in tl.static_range(TOP_K):
         pair = token * TOP_K + slot
         if inverse_ptr is not None:
-            row = where[slot]
-            brought = load_sums(y_ptr, row, first, row >= 0, columns, BLOCK)
+            brought = load_sums(y_ptr, where[slot], first, where[slot] >= 0, columns, BLOCK)
         else:
             valid = (where[slot] >= 0) & (where[slot] < num_experts)
             inside = only_if(valid, column < columns)
