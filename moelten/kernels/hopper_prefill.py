@@ -5,12 +5,13 @@
 Programs stay on their multiprocessors and walk through pieces of work: `tiles` times 64 rows of one
 expert's matrix by up to `block` of its tokens. One warp brings packed weights and activations
 (`hopper_ring`) while two or four warpgroups, each with one row tile of every band, decode weights
-in registers and multiply from there. They run the same instructions: two loops, one each, are more
-than the caches of instructions hold, which on H200 takes up to 40 % of the time. Products are made
-by instructions of whole warpgroups for many tokens (`hopper_wide`) and for less than about a
-hundred (`hopper_narrow`), of single warps for few (`hopper_mma`). Activations come sorted by
-expert, columns in the order of operands, so that a tile's are one block of memory. What a tile
-costs grows by units of a few tokens.
+in registers and multiply from there. They run the same instructions, but in a matrix's last piece,
+where each does what it has row tiles for: two loops, one each, are more than the caches of
+instructions hold, which on H200 takes up to 40 % of the time. Products are made by instructions of
+whole warpgroups for many tokens (`hopper_wide`) and for less than about a hundred
+(`hopper_narrow`), of single warps for few (`hopper_mma`). Activations come sorted by expert,
+columns in the order of operands, so that a tile's are one block of memory. What a tile costs grows
+by units of a few tokens.
 """
 
 from __future__ import annotations
