@@ -1,9 +1,13 @@
 """Products of a whole warpgroup for any multiple of 8 tokens, in one instruction.
 
 Gluon has them for powers of two, which is what tensors' sizes can be, and several small ones cost
-more: with its left operand in registers, an instruction takes half a cycle per token, but 13 cycles
-for 24 and fewer (H200). So this is wgmma as inline PTX. Sums come as tensors of 8 tokens, whose
+more: with its left operand in registers, an instruction takes half a cycle per token, but 13 to 15
+cycles for 8 to 24 (H200). So this is wgmma as inline PTX. Sums come as tensors of 8 tokens, whose
 registers, one tensor's after the other's, are the instruction's.
+
+Half of those cycles are lost to what other warps decode meanwhile: beside four warpgroups with 40
+integer and bf16 instructions for each product, one costs 6 cycles for 16 tokens, 8 for 24 and 32,
+13 for 48, 17 for 64 and 26 for 96 (H200; the same with both operands in shared memory).
 
 It wants to know where its right operand lies in shared memory, which Gluon does not tell either:
 see `find`.
