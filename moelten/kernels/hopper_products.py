@@ -5,9 +5,9 @@ more: with its left operand in registers, an instruction takes half a cycle per 
 cycles for 8 to 24 (H200). So this is wgmma as inline PTX. Sums come as tensors of 8 tokens, whose
 registers, one tensor's after the other's, are the instruction's.
 
-Half of those cycles are lost to what other warps decode meanwhile: beside four warpgroups with 40
-integer and bf16 instructions for each product, one costs 6 cycles for 16 tokens, 8 for 24 and 32,
-13 for 48, 17 for 64 and 26 for 96 (H200; the same with both operands in shared memory).
+About half of those cycles are taken from what other warps decode meanwhile: among four warpgroups
+with 40 integer and bf16 instructions for each product, one adds 6 cycles for 16 tokens, 8 for 24
+and 32, 13 for 48, 17 for 64 and 26 for 96 (H200; from shared memory an operand saves at most 3).
 
 It wants to know where its right operand lies in shared memory, which Gluon does not tell either:
 see `find`.

@@ -174,9 +174,9 @@ def choose_wide(
     A pass over the weights for every 8 or 16 tokens of an expert, by programs with a row tile each,
     keeps more programs busy, but what weights cost is decoded again and again. Others decode for 32
     tokens or more. Products of single warps take their time from decoding (H200: 6 cycles for 8
-    tokens); half of that of whole warpgroups' runs beside it, but they take as long for 8 tokens as
-    for 24 (`hopper_products`). Sixteen warps hide better what each waits for, eight have registers
-    for more tokens. Measured on H200, in pairs per expert.
+    tokens); those of whole warpgroups take half of theirs, but last as long for 8 tokens as for 24
+    (`hopper_products`). Sixteen warps hide better what each waits for, eight have registers for
+    more tokens. Measured on H200, in pairs per expert.
     """
     mean = pairs / num_experts
     few = operands_of(stored, few=True, x_scale=x_scale)
