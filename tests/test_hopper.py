@@ -132,7 +132,7 @@ def test_launches_inside_the_workspace(monkeypatch, which, tokens, count, on_inp
     for module, names in (
         (hopper_gemm, ("decode_kernel", "prefill_kernel")),
         (hopper_plan, ("plan_kernel", "combine_kernel")),
-        (hopper_rows, ("gather_kernel", "quantize_kernel")),
+        (hopper_rows, ("order_kernel", "quantize_kernel")),
         (triton_plan, ("count_kernel", "place_kernel")),
         (triton_ops, ("quantize_kernel",)),
     ):

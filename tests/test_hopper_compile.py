@@ -33,7 +33,7 @@ from moelten.formats import FP8, MXFP4, MXFP8, NVFP4, Float, Format, Int4, Int8
 from moelten.kernels.hopper_codes import storage
 from moelten.kernels.hopper_decode import Task, decode_kernel
 from moelten.kernels.hopper_ring import OPERANDS
-from moelten.kernels.hopper_rows import gather_kernel
+from moelten.kernels.hopper_rows import order_kernel
 from moelten.kernels.hopper_schedule import make_variant, slot_bytes
 from moelten.kernels.launches import _NUMBERS, _SCRATCH, OPTIONS, _is_plain, _kinds
 
@@ -109,22 +109,28 @@ def test_machine_code(name, block):
                 assert len(body) / 128 <= budget, len(body)
 
 
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("columns", [2880, 8192])
-def test_gather_reads_a_row_once(columns, normalized):
-    """16 bytes at a time, and so it writes each slot's; in few registers, for many rows at once."""
-    names, slots, words = gather_kernel.arg_names, 6, columns // 2
+def test_order_reads_a_row_once(columns, normalized, gathers):
+    """16 bytes at a time, and so it writes it, once or for each slot; in few registers, for many
+    rows at once."""
+    names, slots, words = order_kernel.arg_names, 6, columns // 2
     block = triton.next_power_of_2(words)
     values = {"SLOTS": slots, "WORDS": words, "WIDTH": words, "BLOCK": block}
     values |= {"STRIDE": slot_bytes(columns) // 4}  # of rows in the slots' place
     types = {"x_ptr": "*i32", "inverse_ptr": "*i32", "out_ptr": "*i32"}
+    if gathers:
+        types["sources_ptr"] = "*i32"
+    else:
+        values["sources_ptr"] = None
     if normalized:
         types["scale_ptr"] = "*fp32"
     else:
         values["scale_ptr"] = None
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types}
-    source = ASTSource(gather_kernel, signature, values, aligned)
+    source = ASTSource(order_kernel, signature, values, aligned)
     warps = block // 512
     options = OPTIONS | {"num_warps": warps}
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -132,7 +138,7 @@ def test_gather_reads_a_row_once(columns, normalized):
     listing = "\n".join(listing_of(kernel.asm["cubin"]))
     loads = -(-words // (128 * warps))
     assert len(re.findall(r"LDG\.E\.128", listing)) == loads
-    assert len(re.findall(r"STG\.E\.128", listing)) == slots * loads
+    assert len(re.findall(r"STG\.E\.128", listing)) == (1 if gathers else slots) * loads
     assert max(int(n) for n in re.findall(r"\bR(\d+)\b", listing)) < 64
 
 

@@ -94,10 +94,10 @@ class Gemms:
                 into[pair * width :][:width] = 0
                 into[pair * width :][: matrix.rows] = y.to(out.dtype)
 
-    def many(self, x, matrix, plan, out, variant, *, ordered, awaited, epilogue):
+    def many(self, x, matrix, plan, out, variant, *, ordered, sources=None, awaited, epilogue):
         """GEMM2, if it may begin before GEMM1 ends, does every tile as soon as that has."""
-        self.calls.append("many")
-        own = (x, matrix, out, variant, ordered, epilogue)
+        self.calls.append("many" if sources is None else "gathers")
+        own = (x, matrix, out, variant, ordered, sources, epilogue)
         if ordered and awaited:
             self.begun = own
             return
@@ -106,8 +106,9 @@ class Gemms:
                 self.tile(*self.begun, *tile)
             self.tile(*own, *tile)
 
-    def tile(self, x, matrix, out, variant, ordered, epilogue, expert, start, stop):
-        rows = in_order(x.data[start:stop], matrix.columns).double()
+    def tile(self, x, matrix, out, variant, ordered, sources, epilogue, expert, start, stop):
+        rows = x.data[start:stop] if sources is None else x.data[sources[start:stop].long()]
+        rows = in_order(rows, matrix.columns).double()
         if variant.grouped:
             rows = rows * by_column(scales_of(x).T[start:stop], matrix.columns)
         elif x.scale is not None:
@@ -136,7 +137,7 @@ def run(monkeypatch, weights, x, routing) -> tuple[torch.Tensor, list[str]]:
 
 
 @pytest.mark.parametrize("on_input", [False, True])
-@pytest.mark.parametrize("tokens", [3, 40, 70])
+@pytest.mark.parametrize("tokens", [3, 40, 70, 150])
 @pytest.mark.parametrize(
     "name",
     [
@@ -157,5 +158,6 @@ def test_layers(monkeypatch, no_overlap, name, tokens, on_input):
     routing.ids[2] = -1
     routing = replace(routing, on_input=on_input)
     out, calls = run(monkeypatch, weights, x, routing)
-    assert calls == ["few" if tokens == 3 else "many"] * 2
+    wanted = {3: ["few", "few"], 150: ["many", "many"]}
+    assert calls == wanted.get(tokens, ["gathers", "many"])
     assert_matches(out, reference.moe(x, weights, routing))

@@ -16,6 +16,7 @@ if not INTERPRET and torch.cuda.get_device_capability()[0] != 9:
 from moelten.formats import BF16, FP8_GROUP, FP8_ROW, INT8_GROUP, INT8_ROW
 from moelten.kernels import hopper_plan, hopper_rows, hopper_sums, triton_ops
 from moelten.kernels.arena import heap
+from moelten.kernels.hopper_schedule import padded
 from moelten.kernels.triton_plan import empty_plan
 from moelten.qtensor import decode_codes, quantize
 from tests import ptx
@@ -81,20 +82,42 @@ def some_places(pairs: int) -> torch.Tensor:
     return inverse
 
 
-def ordered(x: torch.Tensor) -> torch.Tensor:
+def ordered(x: torch.Tensor, width: int = 32) -> torch.Tensor:
     """Columns filled up with zeros, each 32 from t s j to s j t, of pairs of columns."""
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % 32))
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % width))
     return x.view(len(x), -1, 4, 4, 2).transpose(2, 3).reshape(x.shape)
 
 
-def gathered(x, rows_per_source: int, inverse, scale=None, dtype=None) -> torch.Tensor:
-    """What `gather` writes, over a poison."""
-    width = -(-x.shape[1] // 32) * 32
-    out = torch.full((len(inverse), width), POISON, dtype=torch.int16, device=DEVICE)
-    found = out.view(dtype or x.dtype)
-    into = triton_ops.Rows(found, scale)
-    hopper_rows.gather(x, rows_per_source, inverse.int().to(DEVICE), into)
-    return found.cpu()
+def some_room(rows: int, inverse, columns: int, gathers: bool) -> tuple[torch.Tensor, ...]:
+    """Poisoned rows, once or by position, of the width that their GEMM reads, some bytes apart if
+    by position; and sources."""
+    if gathers:
+        data = torch.full((rows, padded(columns)), POISON, dtype=torch.int16, device=DEVICE)
+        return data, torch.full((len(inverse),), -7, dtype=torch.int32, device=DEVICE)
+    width = -(-columns // 32) * 32
+    room = torch.full((len(inverse), width + 64), POISON, dtype=torch.int16, device=DEVICE)
+    return room[:, :width], None
+
+
+def gathered(x, shared: int, inverse, scale=None, dtype=None, gathers=False) -> torch.Tensor:
+    """What `order` writes, by position, over a poison."""
+    data, sources = some_room(len(x), inverse, x.shape[1], gathers)
+    found = data.view(dtype or x.dtype)
+    places = hopper_rows.Places(inverse.int().to(DEVICE), shared, sources)
+    hopper_rows.order(x, places, triton_ops.Rows(found, scale))
+    return by_position(found, sources)
+
+
+def by_position(data: torch.Tensor, sources: torch.Tensor | None) -> torch.Tensor:
+    """Rows as GEMM1 gathers them, the poison where there is none."""
+    if sources is None:
+        return data.cpu()
+    data, sources = data.cpu(), sources.cpu()
+    out = torch.full((len(sources), data.shape[1]), POISON, dtype=torch.int16).view(data.dtype)
+    known = sources >= 0
+    assert (sources[~known] == -7).all()
+    out[known] = data[sources[known].long()]
+    return out
 
 
 def placed(rows: torch.Tensor, rows_per_source: int, inverse: torch.Tensor) -> torch.Tensor:
@@ -113,15 +136,16 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 COLUMNS = (8, 72, 2880, 4096, 8192, 8232, 20000)
 
 
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("slots", [1, 3, 6])
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_gather(columns, slots):
+def test_order(columns, slots, gathers):
     """Any bits of any row, wherever its pairs are."""
     g = torch.Generator().manual_seed(columns)
     x = torch.randint(-(2**15), 2**15, (5, columns), generator=g).to(torch.int16)
     x, inverse = x.view(torch.bfloat16), some_places(5 * slots)
-    wanted = placed(ordered(x), slots, inverse)
-    assert same_bits(gathered(x.to(DEVICE), slots, inverse), wanted)
+    wanted = placed(ordered(x, 256 if gathers else 32), slots, inverse)
+    assert same_bits(gathered(x.to(DEVICE), slots, inverse, gathers=gathers), wanted)
 
 
 def hard_rows(columns: int) -> torch.Tensor:
@@ -149,14 +173,15 @@ def normalized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (x.float() * up[:, None]).half(), 1 / up
 
 
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_gather_normalized(columns, slots):
+def test_order_normalized(columns, slots, gathers):
     """The rows that the portable kernel writes, and what the definition says."""
     x = hard_rows(columns)
     inverse = some_places(len(x) * slots)
     scale = torch.full((len(inverse),), -5.0, device=DEVICE)
-    found = gathered(x.to(DEVICE), slots, inverse, scale, torch.float16)
+    found = gathered(x.to(DEVICE), slots, inverse, scale, torch.float16, gathers)
     rows = triton_ops.quantize_rows(x.to(DEVICE), BF16, dtype=torch.float16)
     data, undo = normalized(x)
     finite = x.isfinite().all(1)
@@ -164,7 +189,7 @@ def test_gather_normalized(columns, slots):
     assert torch.equal(rows.scale.cpu()[:, 0][finite], undo[finite])
     top = data[finite].abs().amax(1)
     assert ((top >= 2**14) & (top < 2**15) | (x[finite].abs().amax(1) < 2.0**-112)).all()
-    wanted = placed(ordered(rows.data.cpu()), slots, inverse)
+    wanted = placed(ordered(rows.data.cpu(), 256 if gathers else 32), slots, inverse)
     same = found.view(torch.int16) == wanted.view(torch.int16)
     assert (same | (found.isnan() & wanted.isnan())).all()
     pairs = torch.arange(len(inverse))[inverse >= 0]
@@ -172,19 +197,24 @@ def test_gather_normalized(columns, slots):
     assert (scale[len(pairs) :] == -5).all()
 
 
-def quantized(x, fmt, inverse=None, slots=1, units=False, pairs=None):
-    """Data [P, K to 32], scale [G, P] or [P, 1], and last [P], as `hopper_rows.quantize` writes."""
-    count, width = len(x) if inverse is None else len(inverse), -(-x.shape[1] // 32) * 32
-    data = torch.full((count, width), -5.0, dtype=torch.bfloat16, device=DEVICE)
+def quantized(x, fmt, inverse=None, slots=1, units=False, pairs=None, gathers=False):
+    """Data [P, K to 32 or 256], scale [G, P] or [P, 1], and last [P], by position, as
+    `hopper_rows.quantize` writes."""
+    where = torch.arange(len(x)) if inverse is None else inverse
+    count, rows = len(where), len(x) if pairs is None else pairs.ids.numel()
+    data, sources = some_room(rows, where, x.shape[1], gathers)
+    data = data.view(torch.bfloat16)
     groups = -(-x.shape[1] // 128)
     shape = (groups, count, 4) if fmt.block[1] else (count, 1)
     scale = torch.full(shape, -5.0, device=DEVICE)
     last = torch.full((count,), -5.0, device=DEVICE) if units else None
-    where = None if inverse is None else inverse.int().to(DEVICE)
+    places = None
+    if inverse is not None:
+        places = hopper_rows.Places(inverse.int().to(DEVICE), slots, sources)
     out = triton_ops.Rows(data, scale, last)
-    hopper_rows.quantize(x.to(DEVICE), fmt, out, where, slots, pairs)
+    hopper_rows.quantize(x.to(DEVICE), fmt, out, places, pairs)
     scale = scale[..., 0] if fmt.block[1] else scale
-    return data.cpu(), scale.cpu(), None if last is None else last.cpu()
+    return by_position(data, sources), scale.cpu(), None if last is None else last.cpu()
 
 
 def codes_of(x, fmt) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,13 +224,14 @@ def codes_of(x, fmt) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("fmt", [FP8_ROW, INT8_ROW, FP8_GROUP, INT8_GROUP], ids=str)
+@pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize("columns, slots", [(8, 1), (200, 3), (328, 2), (2880, 1)])
-def test_quantize(fmt, columns, slots):
+def test_quantize(fmt, columns, slots, gathers):
     """Codes in the order of operands, of a row for each of its pairs that has a position."""
     x = torch.randn(7, columns, generator=torch.Generator().manual_seed(columns)).bfloat16()
     x[2, :128] = 0
     inverse = some_places(7 * slots)
-    data, scale, _ = quantized(x, fmt, inverse, slots)
+    data, scale, _ = quantized(x, fmt, inverse, slots, gathers=gathers)
     codes, scales = codes_of(x, fmt)
     known = inverse >= 0
     at = inverse[known]
@@ -210,7 +241,7 @@ def test_quantize(fmt, columns, slots):
     assert torch.equal(data[at].float(), ordered(wanted)[of])
     assert torch.equal(scale.T[at] if fmt.block[1] else scale[at], scales[of])
     rest = torch.ones(len(data), dtype=torch.bool).index_fill(0, at, False)
-    assert (data[rest] == -5).all()
+    assert (data.view(torch.int16)[rest] == POISON).all()
 
 
 @pytest.mark.parametrize("fmt", [FP8_GROUP, INT8_GROUP], ids=str)
@@ -235,7 +266,8 @@ def test_units_of_sums_do_not_fall_too_far():
     assert last.item() == 2.0**-20
 
 
-def test_quantize_by_pair():
+@pytest.mark.parametrize("gathers", [False, True])
+def test_quantize_by_pair(gathers):
     """What differs by expert multiplies before; pairs that are not valid are not read."""
     g = torch.Generator().manual_seed(5)
     x, ids = torch.randn(3, 200, generator=g).bfloat16(), torch.tensor([[5, 6], [-1, 5], [7, 6]])
@@ -243,12 +275,12 @@ def test_quantize_by_pair():
     inverse = torch.tensor([2, 0, -1, 1, -1, 3])
     on = [t.to(DEVICE) for t in (ids, router, pre)]
     pairs = triton_ops.Pairs(on[0], 2, 5, on[1], on[2])
-    data, scale, _ = quantized(x, FP8_ROW, inverse, pairs=pairs)
+    data, scale, _ = quantized(x, FP8_ROW, inverse, pairs=pairs, gathers=gathers)
     for pair, at in enumerate(inverse.tolist()):
         if at >= 0:
             row = x[pair // 2].float() * router.flatten()[pair] * pre[ids.flatten()[pair] - 5]
             codes, scales = codes_of(row[None], FP8_ROW)
-            wanted = torch.zeros(1, 224)
+            wanted = torch.zeros(1, data.shape[1])
             wanted[:, :200] = codes
             assert torch.equal(data[at].float(), ordered(wanted)[0])
             assert torch.equal(scale[at], scales[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -26,8 +27,9 @@ from triton_offline import stack_bytes
 
 from moelten.formats import FP8, MXFP4, NVFP4, Float, Format, Int4, Int8
 from moelten.kernels.hopper_codes import storage
-from moelten.kernels.hopper_gemm import _FACTORS, _PLAIN, _TOKENS, _WORDS
+from moelten.kernels.hopper_gemm import _FACTORS, _PLAIN, _WORDS
 from moelten.kernels.hopper_prefill import prefill_kernel
+from moelten.kernels.hopper_products import TOKEN_BOXES
 from moelten.kernels.hopper_ring import Problem
 from moelten.kernels.hopper_schedule import (
     WideVariant,
@@ -62,9 +64,14 @@ def short_variant(stored, scale):
     return warp_variant(stored, scale, (2880, 2880))
 
 
+def single_variant(stored, scale):
+    """Of one tile per expert, whose rows are gathered before."""
+    return replace(wide_variant(stored, scale), gathers=False)
+
+
 def chosen(fmt: Format, operand: str, choose=wide_variant, x_scale="none"):
     """A variant, and the type of its scales."""
-    few = choose is not wide_variant
+    few = choose not in (wide_variant, single_variant)
     stored = operands_of(storage(fmt, operand), few=few, x_scale=x_scale)
     scale = scale_name(fmt, stored)
     variant = choose(stored, scale)
@@ -98,7 +105,7 @@ def compiled(
         "w_desc": boxes(variant.stage * chunk, layout=_WORDS),
         "s_desc": boxes(scales) if stored.scale != "block" else boxes(8, 4),
         "z_desc": boxes(zeros),
-        "x_desc": f"tensordesc<{kind}[{variant.unit},64],{_TOKENS!r}>",
+        "x_desc": f"tensordesc<{kind}[{variant.unit},64],{TOKEN_BOXES.value!r}>",
         "u_desc": f"tensordesc<fp32[{variant.block},4],{_FACTORS!r}>" if variant.grouped else None,
         "x_scale_ptr": "*fp32" if x_scaled else None,
         "zero_ptr": "*u32" if stored.zeros and not stored.group else None,
@@ -107,6 +114,9 @@ def compiled(
         "steps": "i32",
         "awaited": "i32",
     }
+    rows_of = {"x_desc": None, "x_ptr": f"*{kind}", "sources_ptr": "*i32"}
+    by_position = halves == 1 or not variant.gathers
+    types |= dict.fromkeys(("x_ptr", "sources_ptr")) if by_position else rows_of
     if not more:
         types["bias_ptr"] = None
     activation = "swiglu" if halves == 2 else "none"
@@ -128,6 +138,7 @@ def compiled(
         *((name, 1, tall_variant, "none", True) for name in ("mxfp4", "int4g32z")),
         *((name, 1, narrow_variant, "none", name == "nvfp4") for name in ("mxfp4", "nvfp4")),
         ("int4g128", 2, tall_variant, "none", True),
+        *((name, 2, single_variant, "none", True) for name in ("mxfp4", "fp8block")),
         ("fp8block", 2, wide_variant, "group", True),
         ("int4g128z", 1, wide_variant, "group", True),
         ("int4g128z", 2, slim_variant, "group", True),
@@ -143,6 +154,8 @@ def test_machine_code(name, halves, choose, x_scale, more):
     variant = chosen(*CASES[name], choose, x_scale)[0]
     if halves == 1:
         check_stores(listing, variant)
+    copies = operations(listing).count("LDGSTS")
+    assert copies == (variant.stage * variant.block // 8 if halves == 2 and variant.gathers else 0)
     bodies = main_loops(listing, "HGMMA")
     found: list[tuple[int, int]] = []
     for body in bodies:
@@ -278,7 +291,7 @@ def test_parameters_are_those_of_a_recorded_launch():
             wanted.append(two if kind[0] == "*" or ctypes.sizeof(_NUMBERS[kind]) == 8 else one)
     same = {"u32": "b32", "f32": "b32", "u64": "b64"}
     assert [(same.get(kind, kind), size) for kind, size in found] == wanted + [two] * _SCRATCH
-    assert len(kernel.metadata.tensordesc_meta) == 4
+    assert len(kernel.metadata.tensordesc_meta) == 3
 
 
 def test_which_kernel_runs():

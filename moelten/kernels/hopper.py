@@ -2,12 +2,12 @@
 
 Few tokens per expert take four launches: plan, GEMM1 with activation, GEMM2 with router weights,
 sum over slots, each started while the one before drains. Many take other GEMMs, from the same
-packed weights: plan (two launches for many pairs), gather, GEMM1, GEMM2, sum; GEMM2 begins with
-tiles that GEMM1 has finished, while that is at its last. Activations of 8 bits are quantized before
-each GEMM: for few tokens in a launch of its own, for many by what gathers rows, and in one more
-before GEMM2. Grids follow from T and k alone: nothing waits for the device, so a CUDA graph
-captures it. The two operand types place bits differently: two layouts, two backends. Triton is
-imported when a layer runs.
+packed weights: plan (two launches for many pairs), rows with columns in the order of operands,
+GEMM1, which may gather those, GEMM2, sum; GEMM2 begins with tiles that GEMM1 has finished, while
+that is at its last. Activations of 8 bits are quantized before each GEMM: for few tokens in a
+launch of its own, for many by what orders columns, and in one more before GEMM2. Grids follow from
+T and k alone: nothing waits for the device, so a CUDA graph captures it. The two operand types
+place bits differently: two layouts, two backends. Triton is imported when a layer runs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from moelten.kernels.hopper_schedule import (
     block_of,
     choose_wide,
     make_variant,
+    padded,
     row_tiles,
     slot_bytes,
     split_rows,
@@ -138,26 +139,30 @@ class HopperBackend(ArenaBackend):
         # Codes of 8 bits, or bf16 rows for operands of fp16: those times a power of two each.
         scaled = not plain or dtype != own
         place = hidden[0].view(dtype) if plain else take(dtype, pairs, width)
-        groups = -(-inter // 128) if grouped else 1
         if variant and grouped:
-            rows = _by_position(take, place, groups, variant)
+            rows = _by_position(take, place, pairs, inter, variant)
         else:
+            groups = -(-inter // 128) if grouped else 1
             rows = Rows(place, take(torch.float32, pairs, groups) if scaled else None)
-        # The rows that GEMM1 reads are not needed any more when GEMM2 writes.
+        # Rows by position that GEMM1 reads are not needed any more when GEMM2 writes.
         count = split_rows(pairs, row_tiles(hidden_size)) * hidden_size
         if variant:
             count = max(count, pairs * slot_bytes(hidden_size) // 4)
         slots = take(torch.float32, count)
         if variant:
-            width = -(-hidden_size // 32) * 32
-            # Where GEMM2 writes the sums of a tile, GEMM1 read that tile's rows.
-            stride = slot_bytes(hidden_size) // dtype.itemsize
-            sources = slots.view(dtype)[: pairs * stride].view(pairs, stride)[:, :width]
+            # Taken even where rows are gathered before, lest more tokens need less.
+            sources = take(torch.int32, pairs)
+            ordered = take(dtype, pairs if by_pair else tokens, padded(hidden_size))
+            if not variant.gathers:
+                # Where GEMM2 writes the sums of a tile, GEMM1 read that tile's rows.
+                width, stride = -(-hidden_size // 32) * 32, slot_bytes(hidden_size)
+                ordered = slots.view(dtype)[: pairs * stride // dtype.itemsize]
+                ordered = ordered.view(pairs, -1)[:, :width]
             if grouped:
-                first = _by_position(take, sources, -(-hidden_size // 128), variant)
+                first = _by_position(take, ordered, pairs, hidden_size, variant)
             else:
-                first = Rows(sources, take(torch.float32, pairs, 1) if scaled else None)
-            wide = _Wide(variant, first)
+                first = Rows(ordered, take(torch.float32, pairs, 1) if scaled else None)
+            wide = _Wide(variant, first, sources if variant.gathers else None)
         return _Stages(plan, inputs, hidden, rows, slots, wide)
 
     def run_chunk(
@@ -235,22 +240,23 @@ def _many(
 ) -> Tensor:
     """Both GEMMs for many tokens per expert: the slots [1, P, bytes]."""
     from moelten.kernels.hopper_gemm import matrices, pieces_per_tile, prefill_gemm
-    from moelten.kernels.hopper_rows import gather, quantize
+    from moelten.kernels.hopper_rows import Places, order, quantize
 
     (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden[0]
     variant, fmt = wide.variant, experts.spec.scheme.activations
     assert plan.inverse is not None
     if isinstance(fmt, Float):
-        rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
-        gather(rows.data, rows_per_source, plan.inverse, wide.first)
+        rows, shared = _input_rows(x, experts, routing, stages.inputs)
+        order(rows.data, Places(plan.inverse, shared, wide.sources), wide.first)
     else:
         pairs = _pairs(experts, routing)
-        quantize(x, fmt, wide.first, plan.inverse, 1 if pairs else routing.top_k, pairs)
+        places = Places(plan.inverse, 1 if pairs else routing.top_k, wide.sources)
+        quantize(x, fmt, wide.first, places, pairs)
     gemm = partial(
         prefill_gemm, plan=plan, variant=variant,
         awaited=pieces_per_tile(w13, variant) if stages.rows.scale is None else 0,
     )  # fmt: skip
-    gemm(wide.first, w13, out=hidden, ordered=True, epilogue=first)
+    gemm(wide.first, w13, out=hidden, ordered=True, sources=wide.sources, epilogue=first)
     if _grouped(fmt):
         quantize(hidden, fmt, stages.rows)
     else:
@@ -279,19 +285,22 @@ def _requantize(hidden: Tensor, experts: PackedExperts, rows: Rows) -> Rows:
 class _Wide:
     """What many tokens per expert need.
 
-    first: [P, H rounded up to 32], rows of GEMM1 by position in the plan; the slots' place
+    first:   rows of GEMM1, if it gathers one for each token, or each pair if they differ, `padded`;
+             else one for each position in the plan, in the slots' place. Scales of each position
+    sources: int32 [P], the row of each position, if GEMM1 gathers
     """
 
     variant: WideVariant
     first: Rows
+    sources: Tensor | None
 
 
-def _by_position(take: Take, data: Tensor, groups: int, variant: WideVariant) -> Rows:
+def _by_position(take: Take, data: Tensor, pairs: int, columns: int, variant: WideVariant) -> Rows:
     """Rows with room for scales of groups, as `hopper_rows.quantize` writes them."""
     from moelten.kernels.triton_ops import Rows
 
-    last = None if variant.by_warp else take(torch.float32, len(data))
-    return Rows(data, take(torch.float32, groups, len(data), 4), last)
+    last = None if variant.by_warp else take(torch.float32, pairs)
+    return Rows(data, take(torch.float32, -(-columns // 128), pairs, 4), last)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from moelten.formats import Float
 from moelten.kernels.hopper_codes import Storage, storage
 from moelten.kernels.hopper_decode import Task, decode_kernel
 from moelten.kernels.hopper_prefill import prefill_kernel
+from moelten.kernels.hopper_products import TOKEN_BOXES
 from moelten.kernels.hopper_ring import OPERANDS, Problem
 from moelten.kernels.hopper_schedule import Variant, WideVariant, box_rows, row_tiles, type_name
 from moelten.kernels.launches import launch
@@ -23,9 +24,9 @@ from moelten.kernels.triton_plan import TilePlan
 from moelten.packed import PackedExperts
 
 # Boxes in shared memory, rows of 128 bytes: words of codes and of row parameters, of several row
-# tiles of an expert; activations and their scales.
+# tiles of an expert; scales of activations, which themselves are `TOKEN_BOXES`.
 _WORDS, _PLAIN = gl.NVMMASharedLayout(128, 32, 4), gl.NVMMASharedLayout(0, 32, 4)
-_TOKENS, _FACTORS = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(0, 32, 2)
+_FACTORS = gl.NVMMASharedLayout(0, 32, 2)
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,19 @@ def prefill_gemm(
     variant: WideVariant,
     *,
     ordered: bool,
+    sources: Tensor | None = None,
     awaited: int,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
     """Write the row of every position of the plan to out, from its row of x.
 
     x:        [P, K rounded up to 32] in the operand type, columns in the order of operands
-              (`hopper_rows`), and the scales of its rows, if any; of a grouped variant what
+              (`hopper_rows`), and the scales of each position, if any; of a grouped variant what
               `hopper_rows.quantize` writes, with the last as `global_scale`
     out:      columns as those of x if `ordered`, for the next GEMM; else uint8 [P, slot_bytes], in
               the order of sums, for `hopper_plan.combine`
+    sources:  for GEMM1 of a variant that gathers: the row of x [R, `padded` K] of each position,
+              int32 [P]
     awaited:  for both GEMMs of a layer, if nothing is launched between them: `pieces_per_tile`,
               after which GEMM2 may read a tile's rows; else 0
     epilogue: without router weights
@@ -135,6 +139,10 @@ def prefill_gemm(
         matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation,
         limited, ordered, awaited > 0, variant,
     )  # fmt: skip
+    assert problem.gathers == (sources is not None)
+    boxes = None
+    if sources is None:
+        boxes = TensorDescriptor.from_tensor(x.data, [variant.unit, 64], TOKEN_BOXES.value)
     x_scale, x_scales = x.scale, None
     if variant.grouped:
         assert x.scale is not None
@@ -146,11 +154,12 @@ def prefill_gemm(
         _boxes(matrix, "data", variant.tiles, variant.stage * chunk_rows, _WORDS),
         _boxes(matrix, "scale", variant.tiles, scale_rows, _PLAIN, scale_width),
         _boxes(matrix, "zero", variant.tiles, zero_rows, _PLAIN),
-        TensorDescriptor.from_tensor(x.data, [variant.unit, 64], _TOKENS), x_scales,
+        boxes, x_scales, None if sources is None else x.data, sources,
         None if zero_rows else _words(zero),
-        matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles, len(x.data),
-        variant.steps(matrix.columns), awaited, epilogue.bias, table, epilogue.post_scale, out,
-        *numbers, P=problem, num_warps=variant.warps, maxnreg=variant.registers, launch_pdl=True,
+        matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles,
+        len(plan.pairs), variant.steps(matrix.columns), awaited, epilogue.bias, table,
+        epilogue.post_scale, out, *numbers,
+        P=problem, num_warps=variant.warps, maxnreg=variant.registers, launch_pdl=True,
     )  # fmt: skip
 
 

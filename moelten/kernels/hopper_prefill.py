@@ -4,14 +4,15 @@
 
 Programs stay on their multiprocessors and walk through pieces of work: `tiles` times 64 rows of one
 expert's matrix by up to `block` of its tokens. One warp brings packed weights and activations
-(`hopper_ring`) while two or four warpgroups, each with one row tile of every band, decode weights
-in registers and multiply from there. They run the same instructions, but in a matrix's last piece,
-where each does what it has row tiles for: two loops, one each, are more than the caches of
-instructions hold, which on H200 takes up to 40 % of the time. Products are made by instructions of
-whole warpgroups for many tokens (`hopper_wide`) and for less than about a hundred
-(`hopper_narrow`), of single warps for few (`hopper_mma`). Activations come sorted by expert,
-columns in the order of operands, so that a tile's are one block of memory. What a tile costs grows
-by units of a few tokens.
+(`hopper_ring`), which for GEMM1 two more may gather (`hopper_gather`), while two or four
+warpgroups, each with one row tile of every band, decode weights in registers and multiply from
+there. They run the same instructions, but in a matrix's last piece, where each does what it has row
+tiles for: two loops, one each, are more than the caches of instructions hold, which on H200 takes
+up to 40 % of the time. Products are made by instructions of whole warpgroups for many tokens
+(`hopper_wide`) and for less than about a hundred (`hopper_narrow`), of single warps for few
+(`hopper_mma`). Columns of activations come in the order of operands, and where rows are not
+gathered they are sorted by expert, so that a tile's are one block of memory. What a tile costs
+grows by units of a few tokens.
 """
 
 from __future__ import annotations
@@ -23,15 +24,27 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from moelten.kernels.gluon_names import reinterpret, wait_for_all
 from moelten.kernels.hopper_fragments import no_sums
+from moelten.kernels.hopper_gather import gather_rows
 from moelten.kernels.hopper_mma import WARP_SUMS, warp_sums
 from moelten.kernels.hopper_narrow import narrow_sums
-from moelten.kernels.hopper_products import TOKENS, find, number_memory, sums_layout
+from moelten.kernels.hopper_products import (
+    TOKEN_BOXES,
+    TOKENS,
+    find,
+    number_memory,
+    sums_layout,
+)
 from moelten.kernels.hopper_results import announce, finish_piece, row_factors
-from moelten.kernels.hopper_ring import leave, place_of, produce, take_work, wait_until_full
+from moelten.kernels.hopper_ring import (
+    BARRIERS,
+    GATHERERS,
+    leave,
+    place_of,
+    produce,
+    take_work,
+    wait_until_full,
+)
 from moelten.kernels.hopper_wide import wide_sums
-
-# Of a thread of the producer; those of the warpgroups have what it leaves.
-_REGISTERS = gl.constexpr(32)
 
 
 @gluon.jit
@@ -246,13 +259,15 @@ _RUNTIME = ("max_tiles", "positions", "steps", "awaited", "alpha", "beta", "limi
 
 @gluon.jit(do_not_specialize=_RUNTIME)
 def prefill_kernel(
-    w_desc, s_desc, z_desc, x_desc, u_desc, zero_ptr, row_scale_ptr, x_scale_ptr,
-    tiles_ptr, count_ptr, max_tiles, positions, steps, awaited, bias_ptr, table_ptr, post_ptr,
-    out_ptr, alpha, beta, limit, P: gl.constexpr,
+    w_desc, s_desc, z_desc, x_desc, u_desc, x_ptr, sources_ptr, zero_ptr,
+    row_scale_ptr, x_scale_ptr, tiles_ptr, count_ptr, max_tiles, positions, steps, awaited,
+    bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit, P: gl.constexpr,
 ):  # fmt: skip
     """All of one grouped GEMM.
 
-    positions: rows of activations
+    x_desc:    boxes of rows by position; None where rows are gathered: those of x_ptr, which
+               sources_ptr says for each position
+    positions: of the plan
     steps:     stages that the columns make
     awaited:   pieces of GEMM1 that make a tile's rows, if GEMM2 begins while GEMM1 is at others
 
@@ -263,37 +278,50 @@ def prefill_kernel(
     words = _room(w_desc, P.variant.slots)
     scales = _room(s_desc, P.variant.slots)
     zeros = _room(z_desc, P.variant.slots)
-    x = gl.allocate_shared_memory(
-        P.operand, [P.variant.slots * P.variant.stage * P.most, P.variant.unit, 64], x_desc.layout
-    )
+    ROOM: gl.constexpr = [P.variant.slots * P.variant.stage * P.most, P.variant.unit, 64]
+    x = gl.allocate_shared_memory(P.operand, ROOM, TOKEN_BOXES)
     x_scales = _room(u_desc, P.variant.slots * P.variant.x_groups + 1)
     work = gl.allocate_shared_memory(
         gl.int32, [P.variant.slots, 4], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    kilobyte = gl.allocate_shared_memory(gl.bfloat16, [1, 8, 64], x_desc.layout)
+    kilobyte = gl.allocate_shared_memory(gl.bfloat16, [1, 8, 64], TOKEN_BOXES)
     number_memory()
-    there = x if P.variant.by_warp else find(x)
+    start = find(x) if P.gathers or not P.variant.by_warp else 0
     full_at = find(kilobyte)
     full = reinterpret(kilobyte, gl.int64, [128, 1], mbarrier.MBarrierLayout())
     SLOTS: gl.constexpr = P.variant.slots
     for slot in gl.static_range(SLOTS):
-        mbarrier.init(full.index(slot), count=1)
+        mbarrier.init(full.index(slot), count=P.arrivals)
+        if P.gathers:
+            mbarrier.init(full.index(BARRIERS + slot), count=1)
     fence_async_shared()
     filled = (words, scales, zeros, x, x_scales, full, full_at)
     taken = (
         _words(words, w_desc, P), _scales(scales, s_desc, P), _by_band(zeros, z_desc, P),
-        there, _by_group(x_scales, P), full_at,
+        x if P.variant.by_warp else start, _by_group(x_scales, P), full_at,
     )  # fmt: skip
     boxes = (w_desc, s_desc, z_desc, x_desc, u_desc)
     plan = (tiles_ptr, count_ptr, max_tiles)
     epilogue = (
         row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_consume, (taken, work, zero_ptr, epilogue, steps, P)),
-            (produce, (filled, work, boxes, plan, positions, steps, awaited, P)),
-        ],
-        [1],
-        [_REGISTERS],
-    )
+    SPARE: gl.constexpr = P.variant.spare
+    if P.gathers:
+        gl.warp_specialize(
+            [
+                (_consume, (taken, work, zero_ptr, epilogue, steps, P)),
+                (produce, (filled, work, boxes, plan, positions, steps, awaited, P)),
+                (gather_rows, (filled, work, start, x_ptr, sources_ptr, steps, P)),
+            ],
+            [1, GATHERERS],
+            [SPARE, SPARE],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (taken, work, zero_ptr, epilogue, steps, P)),
+                (produce, (filled, work, boxes, plan, positions, steps, awaited, P)),
+            ],
+            [1],
+            [SPARE],
+        )

@@ -22,6 +22,8 @@ from moelten.kernels.gluon_names import wait_for_all
 
 # Tokens of a tensor of sums, and its registers of a thread; the left operand's are as many.
 TOKENS = gl.constexpr(8)
+# Of activations in shared memory, rows of 64.
+TOKEN_BOXES = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
 _REGISTERS = 4
 # Of a descriptor of rows of 128 bytes, K contiguous: 8 rows are a kilobyte, bytes swizzled by 128.
 _LOW, _HIGH = gl.constexpr(1 << 16), 64 | 1 << 30

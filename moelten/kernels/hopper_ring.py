@@ -2,8 +2,9 @@
 
 A ring of slots, each with a stage: some chunks of 64 columns of several row tiles, their row
 parameters of the whole super-block, and the activations of up to a tile's tokens. One warp fills
-it with bulk copies; eight or sixteen others take bands of row tiles from there (`hopper_bands`). A
-slot is full when all its bytes have come, and empty when all of them say so.
+it with bulk copies, maybe beside two that gather activations (`hopper_gather`); eight or sixteen
+others take bands of row tiles from there (`hopper_bands`). A slot is full when all its bytes have
+come, and empty when all of them say so.
 
 A ring is a tuple of buffers, for every slot: words of codes, scales and zero points of each row
 tile, activations x and their scales; then the barriers that are passed when a slot is full, or, for
@@ -23,11 +24,16 @@ from triton.language.extra.cuda import gdc_wait
 from moelten.kernels.gluon_names import bring
 from moelten.kernels.hopper_codes import Storage
 from moelten.kernels.hopper_products import TOKENS
-from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, slot_bytes
+from moelten.kernels.hopper_schedule import Gemm, WideVariant, box_rows, padded, slot_bytes
 
 WORDS, SCALES, ZEROS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 X, X_SCALES = gl.constexpr(3), gl.constexpr(4)
 FULL, FULL_AT = gl.constexpr(5), gl.constexpr(6)
+# Slots' barriers, of which there are 8 at most; behind them, so many bytes on, those that are
+# passed when a slot is open for those who gather.
+BARRIERS, OPEN = gl.constexpr(8), gl.constexpr(64)
+# Warps that gather activations.
+GATHERERS = gl.constexpr(2)
 # Barriers of the multiprocessor that say that slots are empty: the last of 16. All warps that
 # multiply arrive, one waits, but not for slots that were never full.
 _BARRIER = 8
@@ -86,6 +92,21 @@ class Problem(Gemm):
     def width(self) -> int:
         """Columns of the result's rows in memory, or bytes, if they are in the order of sums."""
         return -(-self.rows // 32) * 32 if self.ordered else slot_bytes(self.rows)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether rows of activations are gathered; else they are by position."""
+        return self.ordered and self.variant.gathers
+
+    @property
+    def x_width(self) -> int:
+        """Columns of rows of activations that are gathered: whole stages."""
+        return padded(self.columns)
+
+    @property
+    def arrivals(self) -> int:
+        """At a slot's barrier before it is full: for all bulk copies, and of each lane's."""
+        return 1 + 32 * int(GATHERERS) if self.gathers else 1
 
     @property
     def scaled(self) -> bool:
@@ -179,17 +200,23 @@ def place_of(turn, P: gl.constexpr):
 
 
 @gluon.jit
-def wait_until_full(ring, place, pred=True):
-    """The slot of a place, when what belongs there has come.
+def wait_at(barriers, place, pred=True):
+    """The slot of a place, when its one of some barriers is passed.
 
     In PTX, since between waits at the same barriers Gluon has all warps wait for each other.
     """
     slot, phase = place
     gl.inline_asm_elementwise(
-        _WAIT, "=r,r,r,r", [ring[FULL] + slot * 8, phase, pred + phase * 0], dtype=gl.int32,
+        _WAIT, "=r,r,r,r", [barriers + slot * 8, phase, pred + phase * 0], dtype=gl.int32,
         is_pure=False, pack=1,
     )  # fmt: skip
     return slot
+
+
+@gluon.jit
+def wait_until_full(ring, place, pred=True):
+    """The slot of a place, when what belongs there has come."""
+    return wait_at(ring[FULL], place, pred)
 
 
 @gluon.constexpr_function
@@ -219,9 +246,8 @@ def leave(slot, P: gl.constexpr):
 
 
 @gluon.jit
-def take_work(ring, work, turn, P: gl.constexpr):
-    """The piece of work that begins with the stage of a turn; no expert if there is no more."""
-    slot = wait_until_full(ring, place_of(turn, P))
+def read_work(work, slot):
+    """The piece of work that begins in a slot; no expert if there is no more."""
     L: gl.constexpr = _work_layout(gl.num_warps())
     words = work.index(slot).load(L)
     i = gl.arange(0, 4, L)
@@ -230,6 +256,12 @@ def take_work(ring, work, turn, P: gl.constexpr):
     stop = gl.sum(gl.where(i == 2, words, 0), 0)
     row_tile = gl.sum(gl.where(i == 3, words, 0), 0)
     return expert, first, stop, row_tile
+
+
+@gluon.jit
+def take_work(ring, work, turn, P: gl.constexpr):
+    """The piece of work that begins with the stage of a turn."""
+    return read_work(work, wait_until_full(ring, place_of(turn, P)))
 
 
 # Filling ------------------------------------------------------------------------------------------
@@ -310,6 +342,24 @@ def _expect(bar, count):
 
 
 @gluon.jit
+def _bring_rows(ring, x_desc, slot, step, first, units, P: gl.constexpr):
+    """A stage's activations: units of tokens that follow each other."""
+    UNIT: gl.constexpr = P.variant.unit
+    STAGE: gl.constexpr = P.variant.stage
+    for c in gl.static_range(STAGE):
+        for unit in range(units):
+            room = ring[X].index((slot * STAGE + c) * P.most + unit)
+            column = (step * STAGE + c) * 64
+            bring(x_desc, [first + unit * UNIT, column], ring[FULL].index(slot), room)
+
+
+@gluon.jit
+def _open(ring, slot):
+    """Let those who gather begin with a slot."""
+    mbarrier.arrive(ring[FULL].index(BARRIERS + slot))
+
+
+@gluon.jit
 def _fill(
     ring, boxes, turn, expert, first, units, row_tile, positions, steps, counter, awaited,
     P: gl.constexpr,
@@ -321,7 +371,6 @@ def _fill(
     counter: of finished pieces of the tile in GEMM1, which GEMM2 waits for
     """
     w_desc, s_desc, z_desc, x_desc, u_desc = boxes
-    UNIT: gl.constexpr = P.variant.unit
     W_ROWS: gl.constexpr = w_desc.block_shape[2]
     S_ROWS: gl.constexpr = 0 if s_desc is None else P.scale_rows
     Z_ROWS: gl.constexpr = 0 if z_desc is None else z_desc.block_shape[2]
@@ -330,10 +379,12 @@ def _fill(
     X_GROUPS: gl.constexpr = P.variant.x_groups
     U_BYTES: gl.constexpr = X_GROUPS * P.variant.block * 16
     BYTES: gl.constexpr = U_BYTES + 128 * TILES * (W_ROWS + S_ROWS + Z_ROWS)
-    X_BYTES: gl.constexpr = 128 * STAGE * UNIT
+    X_BYTES: gl.constexpr = 0 if P.gathers else 128 * STAGE * P.variant.unit
     for step in range(steps):
         slot = turn % P.variant.slots
         bar = ring[FULL].index(slot)
+        if P.gathers and step > 0:
+            _open(ring, slot)  # rows take longer than boxes
         _expect(ring[FULL_AT] + slot * 8, BYTES + units * X_BYTES)
         # All row tiles at once: each copy takes the warp its time. Past the last one are zeros.
         bring(w_desc, [expert, row_tile, step * W_ROWS, 0], bar, ring[WORDS].index(slot))
@@ -344,10 +395,10 @@ def _fill(
             bring(z_desc, [expert, row_tile, block * Z_ROWS, 0], bar, ring[ZEROS].index(slot))
         if step == 0:
             _wait_for_rows(turn, counter, awaited, P)
-        for c in gl.static_range(STAGE):
-            for unit in range(units):
-                room = ring[X].index((slot * STAGE + c) * P.most + unit)
-                bring(x_desc, [first + unit * UNIT, (step * STAGE + c) * 64], bar, room)
+            if P.gathers:
+                _open(ring, slot)
+        if not P.gathers:
+            _bring_rows(ring, x_desc, slot, step, first, units, P)
         for g in gl.static_range(X_GROUPS):
             # Of all the block's tokens; what others there are adds to sums that are not stored.
             row = (step * X_GROUPS + g) * positions + first
@@ -361,7 +412,8 @@ def _fill(
 def produce(ring, work, boxes, plan, positions, steps, awaited, P: gl.constexpr):
     """Fill the ring while there are pieces of work.
 
-    boxes: descriptors of words, scales, zero points, activations and their scales; or None
+    boxes: descriptors of words, scales, zero points, activations and their scales; None for what
+           there is not, or what is gathered
     plan:  tiles and count of a `TilePlan`, and max_tiles
 
     Where products are the limit, pieces take as long as their tokens: each program takes the next
@@ -406,6 +458,8 @@ def produce(ring, work, boxes, plan, positions, steps, awaited, P: gl.constexpr)
             piece = _look_up(tiles_ptr, max_tiles, index, P)
     slot = turn % P.variant.slots
     _hand_over(work.index(slot), -1, 0, 0, 0)
+    if P.gathers:
+        _open(ring, slot)
     mbarrier.arrive(ring[FULL].index(slot))
     for _ in gl.static_range(1, SLOTS):
         turn += 1

@@ -1,10 +1,13 @@
-"""Rows of activations by position in the plan, as the GEMMs for many tokens per expert read them.
+"""Rows of activations as the GEMMs for many tokens per expert read them.
 
-A program reads a row once, quantizes it where the scheme says so, and writes it for each of its
-pairs, columns in the order of operands (`hopper_layout`), beside what scales it.
+A program reads a row, quantizes it where the scheme says so, and writes it with columns in the
+order of operands (`hopper_layout`): once, if GEMM1 gathers rows, else at each of its positions in
+the plan. What scales rows is by position.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,44 +27,57 @@ from moelten.kernels.triton_ops import (
     scale_of,
 )
 
-_GATHERED = 4096  # words that a program holds at once
+_WORDS = 4096  # words that a program holds at once
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where rows of activations belong in a plan.
+
+    inverse: int32 [P], the position of each pair, -1 for those that are not valid (`TilePlan`)
+    shared:  how many pairs share a row: row r belongs to pairs r * shared and after
+    sources: int32 [P], written with the rows: the row of each position that there is. None where
+             rows are by position
+    """
+
+    inverse: Tensor
+    shared: int
+    sources: Tensor | None
 
 
 def quantize(
     x: Tensor,
     fmt: Format,
     out: Rows,
-    inverse: Tensor | None = None,
-    rows_per_source: int = 1,
+    places: Places | None = None,
     pairs: Pairs | None = None,
 ) -> None:
-    """Rows of x in a format of 8 bits: codes as 16-bit numbers, and scales, by position.
+    """Rows of x in a format of 8 bits: codes as 16-bit numbers, and scales by position.
 
-    x:       [R, K], without `pairs` and `inverse` by position, columns in the order of operands
-    inverse: int32 [P], the position of each pair, -1 for those that are not valid (`TilePlan`); row
-             r belongs to pairs r * rows_per_source and after
-    pairs:   what else makes rows differ: then row p // k of x, times that, belongs to pair p alone
-    out:     data [P, K rounded up to 32], behind the last column zeros or nothing; scale [P, 1], or
-             for groups of 128 columns [G, P, 4], of which [..., 0] are written: in rows of 16 bytes
-             copies can begin anywhere. With a global_scale [P], sums are kept in units of the group
-             at hand: that is the last group's scale, and each group has the scale before over its
-             own, the first one 1. No scale counts for less than 2**-90 of its row's largest, lest
-             sums in that unit overflow. (Not of less: a group of zeros has a scale of 1, whatever
-             the others have)
+    x:      [R, K], without `places` by position, columns in the order of operands
+    pairs:  what else makes rows differ: then row p // k of x, times that, belongs to pair p alone
+    out:    data [R, W], [P, W] with `pairs` or by position; behind the last column zeros or
+            nothing. Its scale is [P, 1], or for groups of 128 columns [G, P, 4], of which [..., 0]
+            are written: in rows of 16 bytes copies can begin anywhere. With a global_scale [P],
+            sums are kept in units of the group at hand: that is the last group's scale, and each
+            group has the scale before over its own, the first one 1. No scale counts for less than
+            2**-90 of its row's largest, lest sums in that unit overflow. (Not of less: a group of
+            zeros has a scale of 1, whatever the others have)
     """
     assert out.scale is not None
     columns = x.shape[1]
     group = fmt.block[1] or max(triton.next_power_of_2(columns), 32)
-    groups = triton.next_power_of_2(-(-columns // group))
+    groups = triton.next_power_of_2(-(-max(columns, out.data.shape[1]) // group))
     more = pairs or Pairs(x, 1, 0)
     launch(
         quantize_kernel, (len(x) if pairs is None else pairs.ids.numel(),),
-        x, inverse, None if pairs is None else pairs.ids.contiguous(),
+        x, places and places.inverse, places and places.sources,
+        None if pairs is None else pairs.ids.contiguous(),
         None if more.router is None else more.router.contiguous(), more.pre_scale,
         out.data, out.scale, out.global_scale,
-        1 if pairs is None else pairs.ids.shape[1], more.first_expert, columns, len(out.data),
-        SLOTS=rows_per_source, WIDTH=out.data.shape[1], STRIDE=out.data.stride(0), GROUP=group,
-        GROUPS=groups,
+        1 if pairs is None else pairs.ids.shape[1], more.first_expert, columns, out.scale.shape[-2],
+        SLOTS=places.shared if places else 1, WIDTH=out.data.shape[1], STRIDE=out.data.stride(0),
+        GROUP=group, GROUPS=groups,
         GROUPED=fmt.block[1] is not None, KIND="int8" if isinstance(fmt, Int8) else "fp8",
         NATIVE=rounds_to_e4m3(x.device),
         num_warps=4 if group * groups <= 4096 else 8,
@@ -78,21 +94,49 @@ def _units(scale, GROUPS: tl.constexpr, LAST):
     return tl.div_rn(before, scale), tl.sum(tl.where(g == LAST, scale, 0.0), axis=0)
 
 
-@triton.jit(do_not_specialize=["first_expert", "count"])
-def quantize_kernel(
-    x_ptr, inverse_ptr, ids_ptr, router_ptr, pre_ptr, out_ptr, scale_ptr, last_ptr,
-    top_k, first_expert, columns, count,
-    SLOTS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, GROUPED: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    source = tl.program_id(0).to(tl.int64)
-    # All before the first store, lest each waits for the stores before it.
+@triton.jit
+def _places(inverse_ptr, sources_ptr, source, SLOTS: tl.constexpr):
+    """The positions of a row, -1 for none; there it is written down as their source.
+
+    All are read before the first store, lest each waits for the stores before it.
+    """
     positions = ()
     for slot in tl.static_range(SLOTS):
         if inverse_ptr is None:
             positions = positions + (source,)
         else:
             positions = positions + (tl.load(inverse_ptr + source * SLOTS + slot).to(tl.int64),)
+    if sources_ptr is not None:
+        for slot in tl.static_range(SLOTS):
+            known = positions[slot] >= 0
+            tl.store(sources_ptr + positions[slot], source.to(tl.int32), mask=known)
+    return positions
+
+
+@triton.jit
+def _store_row(
+    out_ptr, at, values, inside, positions, source, sources_ptr,
+    SLOTS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """Part of a row to where it is gathered from, or else to all its positions."""
+    if sources_ptr is not None:
+        tl.store(out_ptr + source * STRIDE + at, values, mask=inside)
+    else:
+        for slot in tl.static_range(SLOTS):
+            known = only_if(positions[slot] >= 0, inside)
+            tl.store(out_ptr + positions[slot] * STRIDE + at, values, mask=known)
+
+
+@triton.jit(do_not_specialize=["first_expert", "count"])
+def quantize_kernel(
+    x_ptr, inverse_ptr, sources_ptr, ids_ptr, router_ptr, pre_ptr, out_ptr, scale_ptr, last_ptr,
+    top_k, first_expert, columns, count,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, GROUPED: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """count: of positions."""
+    source = tl.program_id(0).to(tl.int64)
+    positions = _places(inverse_ptr, sources_ptr, source, SLOTS)
     if ids_ptr is not None and positions[0] < 0:
         return
     g = tl.arange(0, GROUPS)
@@ -114,9 +158,9 @@ def quantize_kernel(
     last = (columns + GROUP - 1) // GROUP - 1
     if last_ptr is not None:
         scale, last_scale = _units(scale, GROUPS, last)
+    _store_row(out_ptr, k, codes, k < WIDTH, positions, source, sources_ptr, SLOTS, STRIDE)
     for slot in tl.static_range(SLOTS):
         known = positions[slot] >= 0
-        tl.store(out_ptr + positions[slot] * STRIDE + k, codes, mask=only_if(known, k < WIDTH))
         if GROUPED:
             at = scale_ptr + (g.to(tl.int64) * count + positions[slot]) * 4
             tl.store(at, scale, mask=only_if(known, g <= last))
@@ -126,23 +170,20 @@ def quantize_kernel(
             tl.store(last_ptr + positions[slot], last_scale, mask=known)
 
 
-def gather(x: Tensor, rows_per_source: int, inverse: Tensor, out: Rows) -> None:
-    """out[inverse[p]] = row p // rows_per_source of x, for every pair p that has a position.
+def order(x: Tensor, places: Places, out: Rows) -> None:
+    """Rows of x with columns in the order of `hopper_layout`'s operands, and then zeros.
 
-    x:       [R, K] of 16 bits, a multiple of 2 of them
-    inverse: int32 [R * rows_per_source], -1 for pairs that are not valid (`TilePlan`)
-    out:     [P, K rounded up to 32], columns in the order of `hopper_layout`'s operands and then
-             zeros; with scales, bf16 rows in fp16, times the power of two that brings the largest
-             of each to 2**14 .. 2**15: bit for bit the rows of `triton_ops.quantize_rows(...,
-             dtype=torch.float16)`
+    x:   [R, K] of 16 bits, a multiple of 2 of them
+    out: data [R, W], or [P, W] by position; with a scale [P, 1], by position, bf16 rows in fp16,
+         times the power of two that brings the largest of each to 2**14 .. 2**15: bit for bit the
+         rows of `triton_ops.quantize_rows(..., dtype=torch.float16)`
     """
     width, words = out.data.shape[1] // 2, x.shape[1] // 2
-    block = min(triton.next_power_of_2(width), _GATHERED)
+    block = min(triton.next_power_of_2(width), _WORDS)
     launch(
-        gather_kernel, (len(x),),
-        x.view(torch.int32), inverse, out.data.view(torch.int32), out.scale,
-        SLOTS=rows_per_source, WORDS=words, WIDTH=width, STRIDE=out.data.stride(0) // 2,
-        BLOCK=block,
+        order_kernel, (len(x),),
+        x.view(torch.int32), places.inverse, places.sources, out.data.view(torch.int32), out.scale,
+        SLOTS=places.shared, WORDS=words, WIDTH=width, STRIDE=out.data.stride(0) // 2, BLOCK=block,
         num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
 
@@ -182,19 +223,15 @@ def _to_half(x):
 
 
 @triton.jit
-def gather_kernel(
-    x_ptr, inverse_ptr, out_ptr, scale_ptr,
+def order_kernel(
+    x_ptr, inverse_ptr, sources_ptr, out_ptr, scale_ptr,
     SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Read a row once, and write it for each of its pairs."""
     source = tl.program_id(0).to(tl.int64)
     x_ptr += source * WORDS
     gdc_launch_dependents()
-    # All before the first store, lest each waits for the stores before it.
-    positions = ()
-    for slot in tl.static_range(SLOTS):
-        positions = positions + (tl.load(inverse_ptr + source * SLOTS + slot).to(tl.int64),)
+    positions = _places(inverse_ptr, sources_ptr, source, SLOTS)
     if scale_ptr is not None:
         exponent = _row_exponent(x_ptr, WORDS, BLOCK)
         up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -205,10 +242,9 @@ def gather_kernel(
             word = _to_half(_low_half(word) * up) | (_to_half(_high_half(word) * up) << 16)
         # Words of 32 columns: t s j in memory, s j t in the order of operands.
         word = tl.trans(tl.reshape(word, (BLOCK // 16, 4, 4)), (0, 2, 1)).reshape((BLOCK,))
+        word = word.to(tl.int32)
         to = start + tl.arange(0, BLOCK)
-        for slot in tl.static_range(SLOTS):
-            known = only_if(positions[slot] >= 0, to < WIDTH)
-            tl.store(out_ptr + positions[slot] * STRIDE + to, word.to(tl.int32), mask=known)
+        _store_row(out_ptr, to, word, to < WIDTH, positions, source, sources_ptr, SLOTS, STRIDE)
     if scale_ptr is not None:
         for slot in tl.static_range(SLOTS):
             tl.store(scale_ptr + positions[slot], scale, mask=positions[slot] >= 0)
