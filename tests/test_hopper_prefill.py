@@ -138,7 +138,7 @@ def compiled(
         *((name, 1, tall_variant, "none", True) for name in ("mxfp4", "int4g32z")),
         *((name, 1, narrow_variant, "none", name == "nvfp4") for name in ("mxfp4", "nvfp4")),
         ("int4g128", 2, tall_variant, "none", True),
-        *((name, 2, single_variant, "none", True) for name in ("mxfp4", "fp8block")),
+        ("mxfp4", 2, single_variant, "none", True),
         ("fp8block", 2, wide_variant, "group", True),
         ("int4g128z", 1, wide_variant, "group", True),
         ("int4g128z", 2, slim_variant, "group", True),

@@ -96,9 +96,10 @@ def gather_rows(ring, work, start, x_ptr, sources_ptr, steps, P: gl.constexpr):
     expert, first, stop, _ = read_work(work, wait_at(ring[FULL_AT] + OPEN, place_of(turn, P)))
     while expert >= 0:
         rows = ()
+        sources = sources_ptr + (first + row)
         for i in gl.static_range(COUNT):
-            position = first + i * _ROWS + row
-            rows = rows + (gl.load(sources_ptr + position, mask=position < stop, other=-1),)
+            inside = row < stop - first - i * _ROWS
+            rows = rows + (gl.load(sources + i * _ROWS, mask=inside, other=-1),)
         at = x
         for _ in range(steps):
             slot = wait_at(ring[FULL_AT] + OPEN, place_of(turn, P))

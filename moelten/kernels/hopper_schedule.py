@@ -183,9 +183,9 @@ def choose_wide(
     tokens or more. Products of single warps take their time from decoding (H200: 6 cycles for 8
     tokens); those of whole warpgroups take half of theirs, but last as long for 8 tokens as for 24
     (`hopper_products`). Sixteen warps hide better what each waits for, eight have registers for
-    more tokens. GEMM1 gathers rows but where one large tile is all that an expert has: there each
-    stage waits for its weights, and would for its rows too (H200: 1 to 3 % more time, not 1 to 6 %
-    less). Measured on H200, in pairs per expert.
+    more tokens. GEMM1 gathers rows, which takes up to 6 % less time, but not where about one large
+    tile is all that an expert has: there it takes 1 to 3 % more (H200). Measured on H200, in pairs
+    per expert.
     """
     mean = pairs / num_experts
     few = operands_of(stored, few=True, x_scale=x_scale)
