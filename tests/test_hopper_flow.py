@@ -94,8 +94,9 @@ class Gemms:
                 into[pair * width :][:width] = 0
                 into[pair * width :][: matrix.rows] = y.to(out.dtype)
 
-    def many(self, x, matrix, plan, out, variant, *, ordered, sources=None, awaited, epilogue):
+    def many(self, x, matrix, plan, out, variant, *, ordered, awaited, epilogue):
         """GEMM2, if it may begin before GEMM1 ends, does every tile as soon as that has."""
+        sources = plan.pairs if ordered and variant.gathers else None
         self.calls.append("many" if sources is None else "gathers")
         own = (x, matrix, out, variant, ordered, sources, epilogue)
         if ordered and awaited:
@@ -112,7 +113,8 @@ class Gemms:
         if variant.grouped:
             rows = rows * by_column(scales_of(x).T[start:stop], matrix.columns)
         elif x.scale is not None:
-            rows = rows * x.scale[start:stop].view(-1, 1)
+            at = slice(start, stop) if sources is None else sources[start:stop].long()
+            rows = rows * x.scale[at].view(-1, 1)
         y = self.layer(matrix, rows, expert, epilogue)
         if ordered:
             out[start:stop] = reordered(y.to(out.dtype))

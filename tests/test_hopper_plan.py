@@ -48,7 +48,7 @@ def no_overlap(monkeypatch):
 def test_plan(size, experts, block, unit, most, dtype, monkeypatch):
     """Of more pairs than one launch takes the plan is the portable one."""
     monkeypatch.setattr(hopper_plan, "_MAX_PAIRS", most)
-    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block, unit)
+    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block, unit, block // unit)
     hopper_plan.plan_tiles(ids.to(dtype).to(DEVICE), experts, 1, plan)
     assert_plan(plan, ids, experts)
 
@@ -88,42 +88,29 @@ def ordered(x: torch.Tensor, width: int = 32) -> torch.Tensor:
     return x.view(len(x), -1, 4, 4, 2).transpose(2, 3).reshape(x.shape)
 
 
-def some_room(rows: int, inverse, columns: int, gathers: bool) -> tuple[torch.Tensor, ...]:
+def some_room(rows: int, inverse, columns: int, gathers: bool) -> torch.Tensor:
     """Poisoned rows, once or by position, of the width that their GEMM reads, some bytes apart if
-    by position; and sources."""
+    by position."""
     if gathers:
-        data = torch.full((rows, padded(columns)), POISON, dtype=torch.int16, device=DEVICE)
-        return data, torch.full((len(inverse),), -7, dtype=torch.int32, device=DEVICE)
+        return torch.full((rows, padded(columns)), POISON, dtype=torch.int16, device=DEVICE)
     width = -(-columns // 32) * 32
     room = torch.full((len(inverse), width + 64), POISON, dtype=torch.int16, device=DEVICE)
-    return room[:, :width], None
+    return room[:, :width]
 
 
 def gathered(x, shared: int, inverse, scale=None, dtype=None, gathers=False) -> torch.Tensor:
     """What `order` writes, by position, over a poison."""
-    data, sources = some_room(len(x), inverse, x.shape[1], gathers)
-    found = data.view(dtype or x.dtype)
-    places = hopper_rows.Places(inverse.int().to(DEVICE), shared, sources)
-    hopper_rows.order(x, places, triton_ops.Rows(found, scale))
-    return by_position(found, sources)
-
-
-def by_position(data: torch.Tensor, sources: torch.Tensor | None) -> torch.Tensor:
-    """Rows as GEMM1 gathers them, the poison where there is none."""
-    if sources is None:
-        return data.cpu()
-    data, sources = data.cpu(), sources.cpu()
-    out = torch.full((len(sources), data.shape[1]), POISON, dtype=torch.int16).view(data.dtype)
-    known = sources >= 0
-    assert (sources[~known] == -7).all()
-    out[known] = data[sources[known].long()]
-    return out
+    found = some_room(len(x), inverse, x.shape[1], gathers).view(dtype or x.dtype)
+    places = None if gathers else hopper_rows.Places(inverse.int().to(DEVICE), shared)
+    hopper_rows.order(x, triton_ops.Rows(found, scale), places)
+    return placed(found.cpu(), shared, inverse) if gathers else found.cpu()
 
 
 def placed(rows: torch.Tensor, rows_per_source: int, inverse: torch.Tensor) -> torch.Tensor:
     """The row of every pair at its position, over the same poison."""
     pairs = torch.arange(len(inverse))[inverse >= 0]
-    out = torch.full((len(inverse), rows.shape[1]), POISON, dtype=torch.int16).view(rows.dtype)
+    out = torch.full((len(inverse), rows.shape[1]), POISON, dtype=torch.int16)
+    out = out.float() if rows.dtype == torch.float32 else out.view(rows.dtype)
     out[inverse[pairs]] = rows[pairs // rows_per_source]
     return out
 
@@ -192,6 +179,10 @@ def test_order_normalized(columns, slots, gathers):
     wanted = placed(ordered(rows.data.cpu(), 256 if gathers else 32), slots, inverse)
     same = found.view(torch.int16) == wanted.view(torch.int16)
     assert (same | (found.isnan() & wanted.isnan())).all()
+    if gathers:
+        assert torch.equal(scale.cpu()[: len(x)], rows.scale.cpu()[:, 0])
+        assert (scale[len(x) :] == -5).all()
+        return
     pairs = torch.arange(len(inverse))[inverse >= 0]
     assert torch.equal(scale.cpu()[inverse[pairs]], rows.scale.cpu()[pairs // slots, 0])
     assert (scale[len(pairs) :] == -5).all()
@@ -202,19 +193,22 @@ def quantized(x, fmt, inverse=None, slots=1, units=False, pairs=None, gathers=Fa
     `hopper_rows.quantize` writes."""
     where = torch.arange(len(x)) if inverse is None else inverse
     count, rows = len(where), len(x) if pairs is None else pairs.ids.numel()
-    data, sources = some_room(rows, where, x.shape[1], gathers)
-    data = data.view(torch.bfloat16)
+    data = some_room(rows, where, x.shape[1], gathers).view(torch.bfloat16)
     groups = -(-x.shape[1] // 128)
     shape = (groups, count, 4) if fmt.block[1] else (count, 1)
     scale = torch.full(shape, -5.0, device=DEVICE)
     last = torch.full((count,), -5.0, device=DEVICE) if units else None
     places = None
     if inverse is not None:
-        places = hopper_rows.Places(inverse.int().to(DEVICE), slots, sources)
+        places = hopper_rows.Places(inverse.int().to(DEVICE), slots, gathers)
     out = triton_ops.Rows(data, scale, last)
     hopper_rows.quantize(x.to(DEVICE), fmt, out, places, pairs)
     scale = scale[..., 0] if fmt.block[1] else scale
-    return by_position(data, sources), scale.cpu(), None if last is None else last.cpu()
+    data, scale = data.cpu(), scale.cpu()
+    if gathers:
+        data = placed(data, slots, where)
+        scale = scale if fmt.block[1] else placed(scale[:rows], slots, where)
+    return data, scale, None if last is None else last.cpu()
 
 
 def codes_of(x, fmt) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,11 +28,12 @@ def hard_ids(size: int, experts: int) -> torch.Tensor:
 
 
 def poisoned_plan(
-    size: int, experts: int, block: int, unit: int | None = None
+    size: int, experts: int, block: int, unit: int | None = None, shared: int = 1
 ) -> triton_plan.TilePlan:
     """Room for a plan, of values that no plan has."""
     take = arena.heap(DEVICE)
-    plan = triton_plan.empty_plan(take, size, experts, block, unit=unit, inverse=True)
+    how = {"unit": unit, "shared": shared, "inverse": True}
+    plan = triton_plan.empty_plan(take, size, experts, block, **how)
     for part in (plan.pairs, plan.tiles, plan.count, plan.counts, plan.inverse):
         part.fill_(POISON)
     return plan
@@ -51,7 +52,7 @@ def assert_plan(plan: triton_plan.TilePlan, ids: torch.Tensor, experts: int, fir
     """The same order as the CPU's plan, whatever the ids; tiles cover it and no more."""
     wanted = make_plan(ids, experts, first)
     rows = wanted.num_rows
-    assert torch.equal(plan.pairs[:rows].cpu().long(), wanted.pairs)
+    assert torch.equal(plan.pairs[:rows].cpu().long(), wanted.pairs // plan.shared)
     assert (plan.pairs[rows:] == POISON).all()
     inverse = torch.full((ids.numel(),), -1)
     inverse[wanted.pairs] = torch.arange(rows)
@@ -85,7 +86,7 @@ def assert_plan(plan: triton_plan.TilePlan, ids: torch.Tensor, experts: int, fir
     ],
 )
 def test_plan(size, experts, block, unit, dtype):
-    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block, unit)
+    ids, plan = hard_ids(size, experts), poisoned_plan(size, experts, block, unit, block // unit)
     triton_plan.make_tile_plan(ids.to(dtype).to(DEVICE), experts, 1, plan)
     assert_plan(plan, ids, experts)
 

@@ -133,7 +133,11 @@ class HopperBackend(ArenaBackend):
         if by_pair if plain else variant is None:
             count = pairs if by_pair else tokens
             inputs = empty_rows(take, count, hidden_size, fmt, dtype=None if plain else dtype)
-        plan = empty_plan(take, pairs, experts, block, unit=unit, inverse=variant is not None)
+        # Where rows are gathered the plan says which, and else nobody asks what stands where.
+        shared = top_k if variant and not by_pair else 1
+        plan = empty_plan(
+            take, pairs, experts, block, unit=unit, shared=shared, inverse=variant is not None
+        )
         width = -(-inter // 32) * 32
         hidden = take(own if plain else torch.float32, 1, pairs, width)
         # Codes of 8 bits, or bf16 rows for operands of fp16: those times a power of two each.
@@ -151,7 +155,6 @@ class HopperBackend(ArenaBackend):
         slots = take(torch.float32, count)
         if variant:
             # Taken even where rows are gathered before, lest more tokens need less.
-            sources = take(torch.int32, pairs)
             ordered = take(dtype, pairs if by_pair else tokens, padded(hidden_size))
             if not variant.gathers:
                 # Where GEMM2 writes the sums of a tile, GEMM1 read that tile's rows.
@@ -162,7 +165,7 @@ class HopperBackend(ArenaBackend):
                 first = _by_position(take, ordered, pairs, hidden_size, variant)
             else:
                 first = Rows(ordered, take(torch.float32, pairs, 1) if scaled else None)
-            wide = _Wide(variant, first, sources if variant.gathers else None)
+            wide = _Wide(variant, first)
         return _Stages(plan, inputs, hidden, rows, slots, wide)
 
     def run_chunk(
@@ -247,16 +250,17 @@ def _many(
     assert plan.inverse is not None
     if isinstance(fmt, Float):
         rows, shared = _input_rows(x, experts, routing, stages.inputs)
-        order(rows.data, Places(plan.inverse, shared, wide.sources), wide.first)
+        places = None if variant.gathers else Places(plan.inverse, shared)
+        order(rows.data, wide.first, places)
     else:
         pairs = _pairs(experts, routing)
-        places = Places(plan.inverse, 1 if pairs else routing.top_k, wide.sources)
+        places = Places(plan.inverse, 1 if pairs else routing.top_k, variant.gathers)
         quantize(x, fmt, wide.first, places, pairs)
     gemm = partial(
         prefill_gemm, plan=plan, variant=variant,
         awaited=pieces_per_tile(w13, variant) if stages.rows.scale is None else 0,
     )  # fmt: skip
-    gemm(wide.first, w13, out=hidden, ordered=True, sources=wide.sources, epilogue=first)
+    gemm(wide.first, w13, out=hidden, ordered=True, epilogue=first)
     if _grouped(fmt):
         quantize(hidden, fmt, stages.rows)
     else:
@@ -285,14 +289,12 @@ def _requantize(hidden: Tensor, experts: PackedExperts, rows: Rows) -> Rows:
 class _Wide:
     """What many tokens per expert need.
 
-    first:   rows of GEMM1, if it gathers one for each token, or each pair if they differ, `padded`;
-             else one for each position in the plan, in the slots' place. Scales of each position
-    sources: int32 [P], the row of each position, if GEMM1 gathers
+    first: rows of GEMM1, if it gathers one for each token, or each pair if they differ, `padded`;
+           else one for each position in the plan, in the slots' place
     """
 
     variant: WideVariant
     first: Rows
-    sources: Tensor | None
 
 
 def _by_position(take: Take, data: Tensor, pairs: int, columns: int, variant: WideVariant) -> Rows:

@@ -114,19 +114,19 @@ def prefill_gemm(
     variant: WideVariant,
     *,
     ordered: bool,
-    sources: Tensor | None = None,
     awaited: int,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> None:
     """Write the row of every position of the plan to out, from its row of x.
 
+    GEMM1 of a variant that gathers has rows [R, `padded` K] of x, of which the plan's pairs are the
+    numbers.
+
     x:        [P, K rounded up to 32] in the operand type, columns in the order of operands
-              (`hopper_rows`), and the scales of each position, if any; of a grouped variant what
+              (`hopper_rows`), and the scales of each row, if any; of a grouped variant what
               `hopper_rows.quantize` writes, with the last as `global_scale`
     out:      columns as those of x if `ordered`, for the next GEMM; else uint8 [P, slot_bytes], in
               the order of sums, for `hopper_plan.combine`
-    sources:  for GEMM1 of a variant that gathers: the row of x [R, `padded` K] of each position,
-              int32 [P]
     awaited:  for both GEMMs of a layer, if nothing is launched between them: `pieces_per_tile`,
               after which GEMM2 may read a tile's rows; else 0
     epilogue: without router weights
@@ -139,9 +139,8 @@ def prefill_gemm(
         matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation,
         limited, ordered, awaited > 0, variant,
     )  # fmt: skip
-    assert problem.gathers == (sources is not None)
     boxes = None
-    if sources is None:
+    if not problem.gathers:
         boxes = TensorDescriptor.from_tensor(x.data, [variant.unit, 64], TOKEN_BOXES.value)
     x_scale, x_scales = x.scale, None
     if variant.grouped:
@@ -154,7 +153,7 @@ def prefill_gemm(
         _boxes(matrix, "data", variant.tiles, variant.stage * chunk_rows, _WORDS),
         _boxes(matrix, "scale", variant.tiles, scale_rows, _PLAIN, scale_width),
         _boxes(matrix, "zero", variant.tiles, zero_rows, _PLAIN),
-        boxes, x_scales, None if sources is None else x.data, sources,
+        boxes, x_scales, *((x.data, plan.pairs) if problem.gathers else (None, None)),
         None if zero_rows else _words(zero),
         matrix.parts.get("row_scale"), x_scale, plan.tiles, plan.count, plan.max_tiles,
         len(plan.pairs), variant.steps(matrix.columns), awaited, epilogue.bias, table,

@@ -48,16 +48,16 @@ def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan)
     launch(
         plan_kernel, (num_experts,),
         ids.contiguous(), plan.pairs, plan.tiles, plan.count, plan.inverse,
-        size, num_experts, first_expert, plan.max_tiles,
+        size, num_experts, first_expert, plan.max_tiles, plan.shared,
         BLOCK=plan.block, UNIT=plan.unit, EXPERTS=triton.next_power_of_2(num_experts),
         SCAN=scan, num_warps=4 if scan < 1024 else 8,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
+@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles", "shared"])
 def plan_kernel(
     ids_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
-    size, num_experts, first_expert, max_tiles,
+    size, num_experts, first_expert, max_tiles, shared,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, EXPERTS: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     """Count all experts' pairs, in every program; write the pairs and tiles of its own."""
@@ -94,7 +94,7 @@ def plan_kernel(
             local = local_experts(ids_ptr, i, size, num_experts, first_expert)
             mine = (local == expert).to(tl.int32)
             at = position + tl.cumsum(mine, 0) - mine
-            tl.store(pairs_ptr + at, i, mask=mine != 0)
+            tl.store(pairs_ptr + at, i // shared, mask=mine != 0)
             if inverse_ptr is not None:
                 tl.store(inverse_ptr + i, at, mask=mine != 0)
             position += tl.sum(mine)

@@ -303,7 +303,8 @@ def prefill_kernel(
     boxes = (w_desc, s_desc, z_desc, x_desc, u_desc)
     plan = (tiles_ptr, count_ptr, max_tiles)
     epilogue = (
-        row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, out_ptr, alpha, beta, limit
+        row_scale_ptr, x_scale_ptr, None if P.variant.grouped else sources_ptr, bias_ptr, table_ptr,
+        post_ptr, out_ptr, alpha, beta, limit,
     )  # fmt: skip
     SPARE: gl.constexpr = P.variant.spare
     if P.gathers:

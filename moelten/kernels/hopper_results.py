@@ -59,7 +59,7 @@ def _bring_nearer(pointer, at, inside):
 @gluon.jit
 def announce(epilogue, expert, row_tile, P: gl.constexpr):
     """What `finish_piece` will read of the rows of a piece of work, lest it wait for memory."""
-    row_scale_ptr, _, bias_ptr, _, post_ptr, _, _, _, _ = epilogue
+    row_scale_ptr, _, _, bias_ptr, _, post_ptr, _, _, _, _ = epilogue
     COUNT: gl.constexpr = P.variant.tiles * 64
     HALVES: gl.constexpr = P.halves
     L: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -82,7 +82,7 @@ def _finish_band(sums, rows, tokens, epilogue, expert, row_tile, P: gl.constexpr
 
     rows, tokens: what scales these sums; 0 for none
     """
-    row_scale_ptr, x_scale_ptr, bias_ptr, table_ptr, post_ptr, _, alpha, beta, limit = epilogue
+    row_scale_ptr, x_scale_ptr, _, bias_ptr, table_ptr, post_ptr, _, alpha, beta, limit = epilogue
     W: gl.constexpr = P.weights
     ACTIVATION: gl.constexpr = P.activation
     sums = _together(sums)
@@ -101,7 +101,7 @@ def _finish_band(sums, rows, tokens, epilogue, expert, row_tile, P: gl.constexpr
 @gluon.jit
 def _finish_part(sums, rows, tokens, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
     """What follows 32 tokens' sums of each band, which begin at position `first`."""
-    _, _, _, _, _, out_ptr, _, _, _ = epilogue
+    _, _, _, _, _, _, out_ptr, _, _, _ = epilogue
     WHOLE: gl.constexpr = P.row_tiles % P.variant.tiles == 0
     TEAMS: gl.constexpr = P.variant.teams
     # Bands that are stored together: 256 rows for the order of sums.
@@ -125,7 +125,7 @@ def _finish_part(sums, rows, tokens, epilogue, expert, first, stop, row_tile, P:
 @gluon.jit
 def row_factors(epilogue, expert, row_tile, L: gl.constexpr, P: gl.constexpr):
     """What scales the rows of each band of a piece of work, for sums of a layout; 0 for none."""
-    row_scale_ptr, _, _, _, _, _, _, _, _ = epilogue
+    row_scale_ptr, _, _, _, _, _, _, _, _, _ = epilogue
     ROWS: gl.constexpr = 16 * P.variant.warps
     BANDS: gl.constexpr = P.variant.bands
     rows = ()
@@ -152,14 +152,14 @@ def _of_part(acc, i: gl.constexpr, P: gl.constexpr):
 @gluon.jit
 def finish_piece(acc, rows, epilogue, expert, first, stop, row_tile, P: gl.constexpr):
     """What follows the sums of a piece of work, whose `row_factors` are given."""
-    _, x_scale_ptr, _, _, _, _, _, _, _ = epilogue
+    _, x_scale_ptr, sources_ptr, _, _, _, _, _, _, _ = epilogue
     PARTS: gl.constexpr = P.held * TOKENS // 32
     L: gl.constexpr = _together(_of_part(acc, 0, P)[0]).type.layout
     tokens = ()
     for i in gl.static_range(PARTS):
         own = 0
         if x_scale_ptr is not None:
-            own = token_scales(x_scale_ptr, first + 32 * i, stop, None, 1, 32)
+            own = token_scales(x_scale_ptr, first + 32 * i, stop, sources_ptr, 1, 32)
         tokens = tokens + (own,)
     for i in gl.static_range(PARTS):
         at = first + 32 * i

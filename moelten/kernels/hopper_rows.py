@@ -2,7 +2,7 @@
 
 A program reads a row, quantizes it where the scheme says so, and writes it with columns in the
 order of operands (`hopper_layout`): once, if GEMM1 gathers rows, else at each of its positions in
-the plan. What scales rows is by position.
+the plan. What scales a row is where the row is, but scales of groups are always by position.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ class Places:
 
     inverse: int32 [P], the position of each pair, -1 for those that are not valid (`TilePlan`)
     shared:  how many pairs share a row: row r belongs to pairs r * shared and after
-    sources: int32 [P], written with the rows: the row of each position that there is. None where
-             rows are by position
+    once:    whether rows stay where they are, and only scales of groups go to positions
     """
 
     inverse: Tensor
     shared: int
-    sources: Tensor | None
+    once: bool = False
 
 
 def quantize(
@@ -52,12 +51,12 @@ def quantize(
     places: Places | None = None,
     pairs: Pairs | None = None,
 ) -> None:
-    """Rows of x in a format of 8 bits: codes as 16-bit numbers, and scales by position.
+    """Rows of x in a format of 8 bits: codes as 16-bit numbers, and scales.
 
     x:      [R, K], without `places` by position, columns in the order of operands
     pairs:  what else makes rows differ: then row p // k of x, times that, belongs to pair p alone
     out:    data [R, W], [P, W] with `pairs` or by position; behind the last column zeros or
-            nothing. Its scale is [P, 1], or for groups of 128 columns [G, P, 4], of which [..., 0]
+            nothing. Its scale is [R or P, 1], or of groups of 128 columns [G, P, 4], where [..., 0]
             are written: in rows of 16 bytes copies can begin anywhere. With a global_scale [P],
             sums are kept in units of the group at hand: that is the last group's scale, and each
             group has the scale before over its own, the first one 1. No scale counts for less than
@@ -71,13 +70,13 @@ def quantize(
     more = pairs or Pairs(x, 1, 0)
     launch(
         quantize_kernel, (len(x) if pairs is None else pairs.ids.numel(),),
-        x, places and places.inverse, places and places.sources,
+        x, places and places.inverse,
         None if pairs is None else pairs.ids.contiguous(),
         None if more.router is None else more.router.contiguous(), more.pre_scale,
         out.data, out.scale, out.global_scale,
         1 if pairs is None else pairs.ids.shape[1], more.first_expert, columns, out.scale.shape[-2],
         SLOTS=places.shared if places else 1, WIDTH=out.data.shape[1], STRIDE=out.data.stride(0),
-        GROUP=group, GROUPS=groups,
+        ONCE=places is not None and places.once, GROUP=group, GROUPS=groups,
         GROUPED=fmt.block[1] is not None, KIND="int8" if isinstance(fmt, Int8) else "fp8",
         NATIVE=rounds_to_e4m3(x.device),
         num_warps=4 if group * groups <= 4096 else 8,
@@ -95,48 +94,36 @@ def _units(scale, GROUPS: tl.constexpr, LAST):
 
 
 @triton.jit
-def _places(inverse_ptr, sources_ptr, source, SLOTS: tl.constexpr):
-    """The positions of a row, -1 for none; there it is written down as their source.
-
-    All are read before the first store, lest each waits for the stores before it.
-    """
+def _places(inverse_ptr, source, SLOTS: tl.constexpr):
+    """The positions of a row, -1 for none; all are read before any store, lest they wait for it."""
     positions = ()
     for slot in tl.static_range(SLOTS):
         if inverse_ptr is None:
             positions = positions + (source,)
         else:
             positions = positions + (tl.load(inverse_ptr + source * SLOTS + slot).to(tl.int64),)
-    if sources_ptr is not None:
-        for slot in tl.static_range(SLOTS):
-            known = positions[slot] >= 0
-            tl.store(sources_ptr + positions[slot], source.to(tl.int32), mask=known)
     return positions
 
 
 @triton.jit
-def _store_row(
-    out_ptr, at, values, inside, positions, source, sources_ptr,
-    SLOTS: tl.constexpr, STRIDE: tl.constexpr,
-):  # fmt: skip
-    """Part of a row to where it is gathered from, or else to all its positions."""
-    if sources_ptr is not None:
-        tl.store(out_ptr + source * STRIDE + at, values, mask=inside)
-    else:
-        for slot in tl.static_range(SLOTS):
-            known = only_if(positions[slot] >= 0, inside)
-            tl.store(out_ptr + positions[slot] * STRIDE + at, values, mask=known)
+def _store_row(out_ptr, at, values, inside, positions, SLOTS: tl.constexpr, STRIDE: tl.constexpr):
+    """Part of a row to all its positions."""
+    for slot in tl.static_range(SLOTS):
+        known = only_if(positions[slot] >= 0, inside)
+        tl.store(out_ptr + positions[slot] * STRIDE + at, values, mask=known)
 
 
 @triton.jit(do_not_specialize=["first_expert", "count"])
 def quantize_kernel(
-    x_ptr, inverse_ptr, sources_ptr, ids_ptr, router_ptr, pre_ptr, out_ptr, scale_ptr, last_ptr,
+    x_ptr, inverse_ptr, ids_ptr, router_ptr, pre_ptr, out_ptr, scale_ptr, last_ptr,
     top_k, first_expert, columns, count,
-    SLOTS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, GROUPED: tl.constexpr, KIND: tl.constexpr, NATIVE: tl.constexpr,
+    SLOTS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr, ONCE: tl.constexpr,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, GROUPED: tl.constexpr, KIND: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """count: of positions."""
     source = tl.program_id(0).to(tl.int64)
-    positions = _places(inverse_ptr, sources_ptr, source, SLOTS)
+    positions = _places(inverse_ptr, source, SLOTS)
     if ids_ptr is not None and positions[0] < 0:
         return
     g = tl.arange(0, GROUPS)
@@ -158,23 +145,28 @@ def quantize_kernel(
     last = (columns + GROUP - 1) // GROUP - 1
     if last_ptr is not None:
         scale, last_scale = _units(scale, GROUPS, last)
-    _store_row(out_ptr, k, codes, k < WIDTH, positions, source, sources_ptr, SLOTS, STRIDE)
+    if ONCE:
+        tl.store(out_ptr + source * STRIDE + k, codes, mask=k < WIDTH)
+        if not GROUPED:
+            tl.store(scale_ptr + source + g, scale, mask=g < 1)
+    else:
+        _store_row(out_ptr, k, codes, k < WIDTH, positions, SLOTS, STRIDE)
     for slot in tl.static_range(SLOTS):
         known = positions[slot] >= 0
         if GROUPED:
             at = scale_ptr + (g.to(tl.int64) * count + positions[slot]) * 4
             tl.store(at, scale, mask=only_if(known, g <= last))
-        else:
+        elif not ONCE:
             tl.store(scale_ptr + positions[slot] + g, scale, mask=only_if(known, g < 1))
         if last_ptr is not None:
             tl.store(last_ptr + positions[slot], last_scale, mask=known)
 
 
-def order(x: Tensor, places: Places, out: Rows) -> None:
+def order(x: Tensor, out: Rows, places: Places | None = None) -> None:
     """Rows of x with columns in the order of `hopper_layout`'s operands, and then zeros.
 
     x:   [R, K] of 16 bits, a multiple of 2 of them
-    out: data [R, W], or [P, W] by position; with a scale [P, 1], by position, bf16 rows in fp16,
+    out: data [R, W], with `places` [P, W] by position; with a scale [R or P, 1] bf16 rows in fp16,
          times the power of two that brings the largest of each to 2**14 .. 2**15: bit for bit the
          rows of `triton_ops.quantize_rows(..., dtype=torch.float16)`
     """
@@ -182,8 +174,9 @@ def order(x: Tensor, places: Places, out: Rows) -> None:
     block = min(triton.next_power_of_2(width), _WORDS)
     launch(
         order_kernel, (len(x),),
-        x.view(torch.int32), places.inverse, places.sources, out.data.view(torch.int32), out.scale,
-        SLOTS=places.shared, WORDS=words, WIDTH=width, STRIDE=out.data.stride(0) // 2, BLOCK=block,
+        x.view(torch.int32), places and places.inverse, out.data.view(torch.int32), out.scale,
+        SLOTS=places.shared if places else 1, WORDS=words, WIDTH=width,
+        STRIDE=out.data.stride(0) // 2, BLOCK=block,
         num_warps=min(max(block // 512, 1), 8),
     )  # fmt: skip
 
@@ -224,14 +217,14 @@ def _to_half(x):
 
 @triton.jit
 def order_kernel(
-    x_ptr, inverse_ptr, sources_ptr, out_ptr, scale_ptr,
+    x_ptr, inverse_ptr, out_ptr, scale_ptr,
     SLOTS: tl.constexpr, WORDS: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     source = tl.program_id(0).to(tl.int64)
     x_ptr += source * WORDS
     gdc_launch_dependents()
-    positions = _places(inverse_ptr, sources_ptr, source, SLOTS)
+    positions = _places(inverse_ptr, source, SLOTS)
     if scale_ptr is not None:
         exponent = _row_exponent(x_ptr, WORDS, BLOCK)
         up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
@@ -244,7 +237,7 @@ def order_kernel(
         word = tl.trans(tl.reshape(word, (BLOCK // 16, 4, 4)), (0, 2, 1)).reshape((BLOCK,))
         word = word.to(tl.int32)
         to = start + tl.arange(0, BLOCK)
-        _store_row(out_ptr, to, word, to < WIDTH, positions, source, sources_ptr, SLOTS, STRIDE)
+        _store_row(out_ptr, to, word, to < WIDTH, positions, SLOTS, STRIDE)
     if scale_ptr is not None:
         for slot in tl.static_range(SLOTS):
             tl.store(scale_ptr + positions[slot], scale, mask=positions[slot] >= 0)

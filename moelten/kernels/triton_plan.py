@@ -32,7 +32,8 @@ class TilePlan:
 
     An expert's are as few as can be, and as equal as multiples of `unit` can be.
 
-    pairs:   int32 [P]; the sorted pairs, the rest undefined
+    pairs:   int32 [P]; the sorted pairs, or the rows that `shared` of them have in common; the rest
+             undefined
     tiles:   int32 [4, max_tiles]: local expert, first position and last position + 1 of each tile,
              and a counter at 0 of what was done of it
     count:   int32 [3]: how many tiles there are, and two counters at 0 for what shares them out
@@ -47,6 +48,7 @@ class TilePlan:
     counts: Tensor
     block: int
     unit: int
+    shared: int = 1
     inverse: Tensor | None = None
 
     @property
@@ -56,7 +58,7 @@ class TilePlan:
 
 def empty_plan(
     take: Take, pairs: int, num_experts: int, block: int, *,
-    unit: int | None = None, inverse: bool = False,
+    unit: int | None = None, shared: int = 1, inverse: bool = False,
 ) -> TilePlan:  # fmt: skip
     """Room for the plan of so many pairs, valid or not; unit: by default a block."""
     unit = unit or block
@@ -66,7 +68,7 @@ def empty_plan(
     i32 = torch.int32
     counts = take(i32, min(triton.cdiv(pairs, _CHUNK), _MAX_PROGRAMS), num_experts)
     where = take(i32, pairs) if inverse else None
-    return TilePlan(take(i32, pairs), tiles, take(i32, 3), counts, block, unit, where)
+    return TilePlan(take(i32, pairs), tiles, take(i32, 3), counts, block, unit, shared, where)
 
 
 def make_tile_plan(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
@@ -82,7 +84,7 @@ def make_tile_plan(ids: Tensor, num_experts: int, first_expert: int, plan: TileP
         launch(
             small_plan_kernel, (1,),
             ids, pairs, tiles, count, plan.inverse, size, num_experts, first_expert,
-            plan.max_tiles, BLOCK=plan.block, UNIT=plan.unit, SIZE=pad,
+            plan.max_tiles, plan.shared, BLOCK=plan.block, UNIT=plan.unit, SIZE=pad,
         )  # fmt: skip
         return
     chunks = triton.cdiv(triton.cdiv(size, _CHUNK), _MAX_PROGRAMS)
@@ -93,7 +95,7 @@ def make_tile_plan(ids: Tensor, num_experts: int, first_expert: int, plan: TileP
     launch(
         place_kernel, (programs,),
         ids, counts, pairs, tiles, count, plan.inverse, *sizes, plan.max_tiles,
-        BLOCK=plan.block, UNIT=plan.unit, EXPERTS=experts, CHUNK=_CHUNK,
+        plan.shared, BLOCK=plan.block, UNIT=plan.unit, EXPERTS=experts, CHUNK=_CHUNK,
         ROWS=min(max(_COUNTS // experts, 1), _MAX_PROGRAMS), num_warps=8,
     )  # fmt: skip
 
@@ -138,10 +140,10 @@ def store_tile(tiles_ptr, max_tiles, tile, expert, first, stop, mask=None):
 
 
 # Sizes that follow the tokens: one compiled kernel serves them all.
-@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles"])
+@triton.jit(do_not_specialize=["size", "first_expert", "max_tiles", "shared"])
 def small_plan_kernel(
     ids_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
-    size, num_experts, first_expert, max_tiles,
+    size, num_experts, first_expert, max_tiles, shared,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Every pair compares itself with every other; SIZE squared comparisons in one program."""
@@ -154,7 +156,7 @@ def small_plan_kernel(
     rank = tl.sum((same & earlier).to(tl.int32), axis=1)
     run = tl.sum(same.to(tl.int32), axis=1)
     position = tl.sum(below.to(tl.int32), axis=1) + rank
-    tl.store(pairs_ptr + position, i, mask=valid)
+    tl.store(pairs_ptr + position, i // shared, mask=valid)
     if inverse_ptr is not None:
         tl.store(inverse_ptr + i, tl.where(valid, position, -1), mask=i < size)
     tiles = (run + BLOCK - 1) // BLOCK
@@ -207,10 +209,10 @@ def _counts_of_all(counts_ptr, num_experts, EXPERTS: tl.constexpr, ROWS: tl.cons
     return tl.sum(total, axis=0), tl.sum(before, axis=0)
 
 
-@triton.jit(do_not_specialize=["size", "first_expert", "chunks", "max_tiles"])
+@triton.jit(do_not_specialize=["size", "first_expert", "chunks", "max_tiles", "shared"])
 def place_kernel(
     ids_ptr, counts_ptr, pairs_ptr, tiles_ptr, count_ptr, inverse_ptr,
-    size, num_experts, first_expert, chunks, max_tiles,
+    size, num_experts, first_expert, chunks, max_tiles, shared,
     BLOCK: tl.constexpr, UNIT: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +246,7 @@ def place_kernel(
         valid = local < num_experts
         shift = position - (tl.cumsum(counts, 0) - counts)
         at = tl.gather(shift, tl.where(valid, local, 0), 0) + i
-        tl.store(pairs_ptr + at, pair, mask=valid)
+        tl.store(pairs_ptr + at, pair // shared, mask=valid)
         if inverse_ptr is not None:
             tl.store(inverse_ptr + pair, tl.where(valid, at, -1), mask=pair < size)
         position += counts
