@@ -249,13 +249,12 @@ def _many(
     variant, fmt = wide.variant, experts.spec.scheme.activations
     assert plan.inverse is not None
     if isinstance(fmt, Float):
-        rows, shared = _input_rows(x, experts, routing, stages.inputs)
-        places = None if variant.gathers else Places(plan.inverse, shared)
+        rows, _ = _input_rows(x, experts, routing, stages.inputs)
+        places = None if variant.gathers else Places(plan.inverse, plan.shared)
         order(rows.data, wide.first, places)
     else:
-        pairs = _pairs(experts, routing)
-        places = Places(plan.inverse, 1 if pairs else routing.top_k, variant.gathers)
-        quantize(x, fmt, wide.first, places, pairs)
+        places = Places(plan.inverse, plan.shared, variant.gathers)
+        quantize(x, fmt, wide.first, places, _pairs(experts, routing))
     gemm = partial(
         prefill_gemm, plan=plan, variant=variant,
         awaited=pieces_per_tile(w13, variant) if stages.rows.scale is None else 0,
