@@ -119,13 +119,15 @@ class Lanes:
         if kind == "scale" and stored.pairs.registers == 1:
             # A word has a group's two rows, low and high.
             pairs, nth = stored.pairs, 0
-            group = (64 * self.chunk + 32 * c) % 256 // stored.group
+            group = (64 * self.chunk + 32 * c) % 128 // stored.group
+            place = (self.tile, self.chunk // 2, self.warp, self.g)
             low, high = (self.bf16("scale", *place, group, b) for b in (0, 1))
             word = low | high << 16
         elif kind == "scale":
             pairs, nth = stored.pairs, c
             quad_half = (self.t // 2,) if stored.group == 16 else ()
-            word = self.read("scale", *place, *quad_half, self.chunk % 4)
+            place = (self.tile, self.chunk // 2, self.warp, self.g)
+            word = self.read("scale", *place, *quad_half, self.chunk % 2)
         elif stored.group:
             pairs, nth = stored.zeros, (64 * self.chunk + 32 * c) % 256 // stored.group
             word = self.read("zero", *place, nth // 4)
@@ -148,8 +150,8 @@ class Lanes:
             return one
         if stored.pairs is not None:
             return one * ptx.decode_float(self.pair("scale", c) >> 16 * b & 0xFFFF, "bf16")
-        nth = (64 * self.chunk + 32 * c) % 256 // stored.group
-        place = (self.tile, self.chunk // 4, self.warp, self.g)
+        nth = (64 * self.chunk + 32 * c) % 128 // stored.group
+        place = (self.tile, self.chunk // 2, self.warp, self.g)
         return one * self.read("scale", *place, nth, b)
 
 
@@ -178,7 +180,7 @@ def matrix(fmt: Format, shape: tuple[int, ...], seed: int = 0) -> QTensor:
         first = torch.randint(low, high - 58, (*scales[:-1], 1), generator=g)
         scale = (first + scatter(torch.arange(59), scales)).to(torch.uint8)
     elif fmt.scale_dtype == torch.float8_e4m3fn:
-        scale = scatter(finite, scales).view(torch.float8_e4m3fn)
+        scale = scatter(byte[1:127], scales).view(torch.float8_e4m3fn)
     else:
         scale = torch.randn(scales, generator=g) * torch.exp2(torch.randn(scales, generator=g) * 3)
     if isinstance(fmt, Int4) and fmt.zero_point:

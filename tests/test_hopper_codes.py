@@ -132,8 +132,8 @@ BUDGET = {
     # Words of row parameters.
     "E8M0_PAIRS": (3, 0),
     "BF16_PAIR": (2, 1),
-    "E4M3_BF16_PAIRS": (5, 4),
-    "E4M3_FP16_PAIRS": (0, 4),
+    "E5M3_BF16_PAIRS": (3, 0),
+    "E5M3_FP16_PAIRS": (3, 0),
     "ZERO_BF16_PAIRS": (7, 0),
     "ZERO_FP16_PAIRS": (7, 0),
 }

@@ -31,7 +31,7 @@ from moelten.kernels.hopper_layout import HopperLayout
 from moelten.packed import PackedExperts
 from moelten.qtensor import QTensor, expand_blocks
 from tests.cases import Case, make_weights
-from tests.hopper_lanes import matrix
+from tests.hopper_lanes import matrix, weights
 
 FORMATS = [
     *(
@@ -82,23 +82,23 @@ def test_unpack_inverts_pack(fmt, operand):
 # (data, then the other parts) of a matrix [2, 80, 320]: 3 tiles of 32 gate and 32 up rows, 5 chunks
 # of 64 columns, 2 super-blocks of 256.
 SHAPES = {
-    MXFP4(): {"data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 4), "row_scale": (3, 64)},
-    NVFP4(): {"data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 2, 4), "row_scale": (3, 64)},
-    MXFP8(): {"data": (3, 5, 2, 4, 32, 4), "scale": (3, 2, 4, 8, 4), "row_scale": (3, 64)},
+    MXFP4(): {"data": (3, 5, 1, 4, 32, 4), "scale": (3, 4, 4, 8, 2), "row_scale": (3, 64)},
+    NVFP4(): {"data": (3, 5, 1, 4, 32, 4), "scale": (3, 4, 4, 8, 2, 2), "row_scale": (3, 64)},
+    MXFP8(): {"data": (3, 5, 2, 4, 32, 4), "scale": (3, 4, 4, 8, 2), "row_scale": (3, 64)},
     Int4(32): {
-        "data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 8, 2), "row_scale": (3, 64)
+        "data": (3, 5, 1, 4, 32, 4), "scale": (3, 4, 4, 8, 4, 2), "row_scale": (3, 64)
     },
     Int4(64, True): {
-        "data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 4, 2), "zero": (3, 2, 4, 8, 1)
+        "data": (3, 5, 1, 4, 32, 4), "scale": (3, 4, 4, 8, 2, 2), "zero": (3, 2, 4, 8, 1)
     },
     Int4(32, True): {
-        "data": (3, 5, 1, 4, 32, 4), "scale": (3, 2, 4, 8, 8, 2), "zero": (3, 2, 4, 8, 2)
+        "data": (3, 5, 1, 4, 32, 4), "scale": (3, 4, 4, 8, 4, 2), "zero": (3, 2, 4, 8, 2)
     },
     Int4(None, True): {
         "data": (3, 5, 1, 4, 32, 4), "row_scale": (3, 64), "zero": (3, 1, 4, 8, 1)
     },
     FP8_BLOCK: {"data": (3, 5, 2, 4, 32, 4), "scale": (3, 4, 2)},
-    FP8_GROUP: {"data": (3, 5, 2, 4, 32, 4), "scale": (3, 2, 4, 8, 2, 2)},
+    FP8_GROUP: {"data": (3, 5, 2, 4, 32, 4), "scale": (3, 4, 4, 8, 1, 2)},
     FP8_TENSOR: {"data": (3, 5, 2, 4, 32, 4), "row_scale": (3, 64)},
     INT8_ROW: {"data": (3, 5, 2, 4, 32, 4), "row_scale": (3, 64)},
     BF16: {"data": (3, 5, 4, 4, 32, 4)},
@@ -141,16 +141,20 @@ def test_float_scales_of_any_sign_and_size_survive():
 GROUPED = [Int4(32, False, "float32"), Int4(64, True), FP8_BLOCK, FP8_GROUP, INT8_BLOCK]
 
 
-@pytest.mark.parametrize("fmt", GROUPED, ids=str)
-def test_codes_under_a_scale_of_zero_are_zeros(fmt):
-    q = matrix(fmt, (256, 512))
+@pytest.mark.parametrize("fmt", [*GROUPED, NVFP4()], ids=str)
+@pytest.mark.parametrize("operand", OPERANDS)
+def test_codes_under_a_scale_of_zero_are_zeros(fmt, operand):
+    q, layout = matrix(fmt, (256, 512)), HopperLayout(operand)
     g = torch.Generator().manual_seed(1)
-    q = replace(q, scale=q.scale * (torch.rand(q.scale.shape, generator=g) > 0.4))
-    unpacked = HopperLayout().unpack(HopperLayout().pack(q), fmt, q.shape)
+    alive = torch.rand(q.scale.shape, generator=g) > 0.4
+    q = replace(q, scale=torch.where(alive, q.scale.float(), 0).to(q.scale.dtype))
+    parts = layout.pack(q)
+    unpacked = layout.unpack(parts, fmt, q.shape)
     assert torch.equal(dequantize(unpacked), dequantize(q))
-    ones = torch.ones_like(q.scale)
+    assert torch.equal(weights(parts, storage(fmt, operand), q.shape), dequantize(q, torch.float64))
+    ones = torch.ones(q.scale.shape).to(q.scale.dtype)
     values, wanted = (dequantize(replace(each, scale=ones)) for each in (unpacked, q))
-    dead = expand_blocks(q.scale == 0, fmt.block, q.shape)
+    dead = expand_blocks(~alive, fmt.block, q.shape)
     assert torch.equal(values, torch.where(dead, 0, wanted))
 
 
@@ -218,6 +222,16 @@ def test_nan_codes_are_refused():
     q.data.view(torch.uint8)[3, 5] = 0xFF
     with pytest.raises(FormatError, match=r"1 e4m3 codes are NaN, the first at \[3, 5\]"):
         HopperLayout().pack(q)
+
+
+def test_negative_nvfp4_scales_are_refused():
+    q = matrix(NVFP4(), (64, 64))
+    scale = q.scale.float()
+    scale[5, 2] = -0.0
+    HopperLayout().pack(replace(q, scale=scale.to(q.scale.dtype)))
+    scale[3, 1] = -1.0
+    with pytest.raises(FormatError, match=r"1 nvfp4 scales are negative, the first at \[3, 1\]"):
+        HopperLayout().pack(replace(q, scale=scale.to(q.scale.dtype)))
 
 
 def test_zero_points_outside_the_format_are_refused():

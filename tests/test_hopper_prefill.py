@@ -95,14 +95,14 @@ def compiled(
     variant, scale = chosen(fmt, operand, choose, x_scale)
     stored = variant.weights
     kind = stored.code.operand
-    chunk, scales, zeros = box_rows(stored, scale)
+    codes, scales, zeros = box_rows(stored, scale, variant.stage)
 
     def boxes(rows: int, width: int = 32, layout: object = _PLAIN) -> str | None:
         return f"tensordesc<i32[1,{variant.tiles},{rows},{width}],{layout!r}>" if rows else None
 
     x_scaled = (halves == 1 and more) or kind != operand or x_scale != "none"
     types = shared_types(stored, operand, halves) | {
-        "w_desc": boxes(variant.stage * chunk, layout=_WORDS),
+        "w_desc": boxes(codes, layout=_WORDS),
         "s_desc": boxes(scales) if stored.scale != "block" else boxes(8, 4),
         "z_desc": boxes(zeros),
         "x_desc": f"tensordesc<{kind}[{variant.unit},64],{TOKEN_BOXES.value!r}>",

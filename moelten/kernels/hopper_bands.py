@@ -49,13 +49,15 @@ def _quad_layout(warps):
 
 
 @gluon.constexpr_function
-def _parameter_layout(rows, spread, teams):
-    """A super-block's row parameters of a band, [teams * rows, 32]: w, g, half of a quad if
-    `spread`, own words."""
-    words = rows // 2 if spread else rows
+def _parameter_layout(rows, spread, parts, teams):
+    """A super-block's row parameters of a band, [teams * rows, 32]: row tile, part of the
+    super-block, w, g, half of a quad if `spread`, own words."""
+    of_g = rows // parts
+    words = of_g // 2 if spread else of_g
     half = [words] if spread else [0]
-    bits = [0, *half, *(rows * b for b in powers(32 * teams))]  # of 4 t, 8 g, w
-    groups = (powers(words), bits[:5], bits[5:])
+    lanes = [0, *half, *(of_g * b for b in powers(8))]  # of 4 t, 8 g
+    warps = [8 * of_g * b for b in powers(4)] + [32 * rows * b for b in powers(teams)]
+    groups = (powers(words) + [32 * of_g * b for b in powers(parts)], lanes, warps)
     places = [[[at // 32, at % 32] for at in group] for group in groups]
     return gl.DistributedLinearLayout(*places, [], [teams * rows, 32])
 
@@ -82,22 +84,25 @@ def _pick(words, bit):
 
 
 @gluon.jit
-def _load(buffer, SPREAD: gl.constexpr, TEAMS: gl.constexpr):
-    """A lane's words of a super-block, [w, 8 g (times 2 halves of a quad), n]."""
+def _load(buffer, SPREAD: gl.constexpr, PARTS: gl.constexpr, TEAMS: gl.constexpr):
+    """A lane's words of a super-block, [w, 8 g (times 2 halves of a quad), n].
+
+    PARTS: of the super-block, which follow each other in a row tile
+    """
     ROWS: gl.constexpr = buffer.shape[0] // TEAMS
-    words = buffer.load(_parameter_layout(ROWS, SPREAD, TEAMS)).to(gl.uint32, bitcast=True)
-    if SPREAD:
-        return words.reshape([4 * TEAMS, 16, ROWS // 2])
-    else:
-        return words.reshape([4 * TEAMS, 8, ROWS])
+    LANES: gl.constexpr = 16 if SPREAD else 8
+    WORDS: gl.constexpr = 8 * ROWS // LANES
+    words = buffer.load(_parameter_layout(ROWS, SPREAD, PARTS, TEAMS)).to(gl.uint32, bitcast=True)
+    words = words.reshape([TEAMS, PARTS, 4, LANES, WORDS // PARTS]).permute((0, 2, 3, 1, 4))
+    return words.reshape([4 * TEAMS, LANES, WORDS])
 
 
 @gluon.jit
-def _of_chunk(words, chunk, COUNT: gl.constexpr):
-    """Those of a chunk, one choice of so many."""
-    if COUNT > 1:
+def _of_chunk(words, chunk, BITS: gl.constexpr):
+    """Those of a chunk, by as many of the two low bits of its number as choose."""
+    if BITS & 2:
         words = _pick(words, chunk & 2)
-    if COUNT > 2:
+    if BITS & 1:
         words = _pick(words, chunk & 1)
     return words
 
@@ -134,10 +139,10 @@ def load_weights(ring, slot, band: gl.constexpr, c: gl.constexpr, P: gl.constexp
     words = words.load(_code_layout(LOADS, P.variant.teams))
     scale = 0
     if W.scale == "fold":
-        scale = _load(ring[SCALES].index(at), P.spread, P.variant.teams)
+        scale = _load(ring[SCALES].index(at), P.spread, P.parts, P.variant.teams)
     zero = 0
     if W.zeros is not None and W.group != 0:
-        zero = _load(ring[ZEROS].index(at), False, P.variant.teams)
+        zero = _load(ring[ZEROS].index(at), False, 1, P.variant.teams)
     return words, scale, zero
 
 
@@ -156,10 +161,10 @@ def decode_weights(loaded, zero, chunk, P: gl.constexpr, OPERAND: gl.constexpr):
     w = w.reshape([WARPS, LOADS, 128])
     w = gl.convert_layout(w, load_layout(WARPS, LOADS), assert_trivial=True)
     if W.scale == "fold":
-        s = _for_quads(_of_chunk(s, chunk, P.words), P.spread)
+        s = _for_quads(_of_chunk(s, chunk, P.choices), P.spread)
     if W.zeros is not None and W.group != 0:
-        COUNT: gl.constexpr = 2 if W.group == 32 else 1
-        zero = _for_quads(_of_chunk(z, chunk, COUNT), False) >> chunk_zero(chunk, W)[1]
+        BITS: gl.constexpr = 2 if W.group == 32 else 0
+        zero = _for_quads(_of_chunk(z, chunk, BITS), False) >> chunk_zero(chunk, W)[1]
     return operands(w, s, zero, W, OPERAND)
 
 
@@ -194,7 +199,7 @@ def take_scale(ring, slot, band: gl.constexpr, chunk, group: gl.constexpr, P: gl
         words = gl.convert_layout(words, scale_layout(WARPS, 2), assert_trivial=True)
         rows = floats(words.to(gl.uint32, bitcast=True), W, TYPE)
     else:
-        words = _of_chunk(_load(own, False, P.variant.teams), chunk, P.words)
+        words = _of_chunk(_load(own, False, P.parts, P.variant.teams), chunk, P.choices)
         words = gl.convert_layout(words, scale_layout(WARPS, words.shape[2]), assert_trivial=True)
         rows = floats(words, W, TYPE)  # warps g b c
         if rows.shape[3] == 2:

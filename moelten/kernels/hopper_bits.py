@@ -92,8 +92,8 @@ class Piece:
 Pieces = tuple[tuple[Piece, ...], ...]
 
 
-def gather(pieces: tuple[Piece, ...], words: list[str], out: str) -> list[str]:
-    """PTX that gathers the pieces of one register into `out`; t0 is scratch."""
+def gather(pieces: tuple[Piece, ...], words: list[str], out: str, base: int = 0) -> list[str]:
+    """PTX that gathers the pieces of one register, over a base, into `out`; t0 is scratch."""
     lines = []
     for index, piece in enumerate(pieces):
         word = words[piece.word]
@@ -102,8 +102,8 @@ def gather(pieces: tuple[Piece, ...], words: list[str], out: str) -> list[str]:
         elif piece.move:
             lines.append(f"{piece.move}.b32 t0, {word}, {piece.by};")
         moved = "t0" if piece.move else word
-        if index:
-            lines.append(masked_or(out, moved, piece.mask, out))
+        if index or base:
+            lines.append(masked_or(out, moved, piece.mask, out if index else base))
         else:
             lines.append(f"and.b32 {out}, {moved}, {piece.mask:#010x};")
     return lines

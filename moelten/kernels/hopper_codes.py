@@ -274,45 +274,20 @@ BF16, FP16 = _identity("bf16"), _identity("fp16")
 # Pairs of row parameters ------------------------------------------------------------------------
 
 
-def _pairs(pieces: Pieces, target: Bits, after: tuple[str, ...] = ()) -> PairCode:
-    """Pieces of one word; `after` are instructions on each register, written {0}."""
-    count = len(pieces)
-    lines = []
-    for index, parts in enumerate(pieces):
-        lines += gather(parts, [f"${count}"], f"${index}" if not after else "t2")
-        lines += [line.format(f"${index}") for line in after]
+def _pairs(target: Bits, base: int = 0) -> PairCode:
+    """Bytes of a word at eight bits of halves, in place and rotated by 8, over those of a base."""
+    pieces: Pieces = ((Piece(0, "", 0, target),), (Piece(0, "rot", 8, target),))
+    lines = [line for i, p in enumerate(pieces) for line in gather(p, ["$2"], f"${i}", base)]
     places = place(pieces, target, lambda register, half: 2 * register + half)
-    return PairCode(body(lines), count, places)
+    return PairCode(body(lines), 2, places)
 
 
-# Two e8m0 exponents per half: where a bf16 has its exponent, and rotated by 8.
-_E8M0: Bits = tuple(range(7, 15))
-E8M0_PAIRS = _pairs(((Piece(0, "", 0, _E8M0),), (Piece(0, "rot", 8, _E8M0),)), _E8M0)
-# The e4m3 of a bf16 pair comes as 2**-120 of its value; 2**119 of it is what e2m1 needs.
-E4M3_BF16_PAIRS = _pairs(
-    _E4M3_BF16_PIECES[:2],
-    _E4M3_BF16,
-    (
-        "mov.b32 t4, 0x7b807b80;",
-        "mul.bf16x2 t2, t2, t4;",
-        "mov.b32 t4, 0x7b007b00;",
-        "mul.bf16x2 {0}, t2, t4;",
-    ),
-)
-E4M3_FP16_PAIRS = PairCode(
-    body(
-        [
-            "mov.b32 {h0, h1}, $2;",
-            "mov.b32 t4, 0x58005800;",
-            "cvt.rn.f16x2.e4m3x2 t0, h0;",
-            "cvt.rn.f16x2.e4m3x2 t1, h1;",
-            "mul.f16x2 $0, t0, t4;",
-            "mul.f16x2 $1, t1, t4;",
-        ]
-    ),
-    2,
-    tuple(range(32)),
-)
+# Two e8m0 exponents per half: where a bf16 has its exponent.
+E8M0_PAIRS = _pairs(tuple(range(7, 15)))
+# Or two e5m3: what fp16 has of 128 times an e4m3 that is not negative. As bf16, under the highest
+# exponents, that is 2**119 of the e4m3, and what e2m1 needs; but then zero is not zero.
+E5M3_FP16_PAIRS = _pairs(tuple(range(7, 15)))
+E5M3_BF16_PAIRS = _pairs(tuple(range(4, 12)), 0x70007000)
 
 
 def _zeros(base: int) -> PairCode:
@@ -394,6 +369,11 @@ class Storage:
         """Whether a word has the scales of both blocks of a chunk, not those of one group."""
         return self.pairs is not None and self.pairs.registers == 2
 
+    @property
+    def scale_chunks(self) -> int:
+        """Chunks whose scales lie together: half a super-block's, or all, of blocks."""
+        return 4 if self.scale == "block" else 2
+
 
 _INT4 = {
     ("bf16", False): INT4_BF16,
@@ -406,8 +386,8 @@ _ZEROS = {"bf16": ZERO_BF16_PAIRS, "fp16": ZERO_FP16_PAIRS}
 _OTHERS = {
     (MXFP4, "bf16"): Storage(E2M1_BF16, "fold", 32, E8M0_PAIRS, bias=126, least=-5),
     (MXFP4, "fp16"): Storage(E2M1_FP16, "group", 32, E8M0_PAIRS),
-    (NVFP4, "bf16"): Storage(E2M1_BF16_SCALED, "fold", 16, E4M3_BF16_PAIRS),
-    (NVFP4, "fp16"): Storage(E2M1_FP16_SCALED, "fold", 16, E4M3_FP16_PAIRS),
+    (NVFP4, "bf16"): Storage(E2M1_BF16_SCALED, "fold", 16, E5M3_BF16_PAIRS),
+    (NVFP4, "fp16"): Storage(E2M1_FP16_SCALED, "fold", 16, E5M3_FP16_PAIRS),
     (MXFP8, "bf16"): Storage(E4M3_BF16_SCALED, "fold", 32, E8M0_PAIRS, bias=120, least=3),
     (MXFP8, "fp16"): Storage(E4M3_FP16, "group", 32, E8M0_PAIRS),
 }

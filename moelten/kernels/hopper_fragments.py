@@ -317,16 +317,20 @@ def _words_per_chunk(storage, scale_type):
 
 @gluon.constexpr_function
 def parameter_strides(storage, scale_type, zeros):
-    """Words from one super-block, row group and g of scales (or zero points) to the next."""
+    """Words from one super-block, row group and g of scales (or zero points) to the next.
+
+    Of scales those of a g are of half a super-block.
+    """
     if zeros:
         per_g = 2 if storage.group == 32 else 1
-    elif storage.scale == "block":
+        return 32 * per_g, 8 * per_g, per_g
+    if storage.scale == "block":
         return 4, 0, 0
-    elif storage.pairs is not None:
-        per_g = 8 if storage.group == 16 else 4
+    if storage.pairs is not None:
+        per_g = 4 if storage.group == 16 else 2
     else:
-        per_g = 256 // storage.group * _words_per_group(storage, scale_type)
-    return 32 * per_g, 8 * per_g, per_g
+        per_g = 128 // storage.group * _words_per_group(storage, scale_type)
+    return 64 * per_g, 8 * per_g, per_g
 
 
 @gluon.jit
@@ -341,7 +345,7 @@ def scale_words(W: gl.constexpr, SCALE: gl.constexpr, WARPS: gl.constexpr):
         warp = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, FOLD)))[:, None, None]
         g = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, FOLD)))[None, :, None]
         t = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, FOLD)))[None, None, :]
-        at = g * STRIDES[2] + t // 2 * (STRIDES[2] - 4)
+        at = g * STRIDES[2] + t // 2 * (STRIDES[2] - 2)
     else:
         WORDS: gl.constexpr = _words_per_chunk(W, SCALE)
         SUM: gl.constexpr = scale_layout(WARPS, WORDS)
@@ -355,10 +359,15 @@ def scale_words(W: gl.constexpr, SCALE: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def chunk_word(chunk, W: gl.constexpr, SCALE: gl.constexpr):
     """First word of a chunk's scales within its super-block."""
-    if W.pairs is not None:
-        return chunk % 4
-    else:
+    if W.scale == "block":
         return chunk % 4 * 64 // W.group * _words_per_group(W, SCALE)
+    else:
+        HALF: gl.constexpr = parameter_strides(W, SCALE, False)[0] // 2
+        first = chunk % 4 // 2 * HALF
+        if W.pairs is not None:
+            return first + chunk % 2
+        else:
+            return first + chunk % 2 * 64 // W.group * _words_per_group(W, SCALE)
 
 
 @gluon.jit

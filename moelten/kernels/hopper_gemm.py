@@ -134,7 +134,7 @@ def prefill_gemm(
     stored, zero = variant.weights, matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
     scale_width = 4 if stored.scale == "block" else 32
-    chunk_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type)
+    code_rows, scale_rows, zero_rows = box_rows(stored, matrix.scale_type, variant.stage)
     problem = Problem(
         matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation,
         limited, ordered, awaited > 0, variant,
@@ -150,7 +150,7 @@ def prefill_gemm(
     processors = torch.cuda.get_device_properties(out.device).multi_processor_count
     launch(
         prefill_kernel, (processors * variant.programs,),
-        _boxes(matrix, "data", variant.tiles, variant.stage * chunk_rows, _WORDS),
+        _boxes(matrix, "data", variant.tiles, code_rows, _WORDS),
         _boxes(matrix, "scale", variant.tiles, scale_rows, _PLAIN, scale_width),
         _boxes(matrix, "zero", variant.tiles, zero_rows, _PLAIN),
         boxes, x_scales, *((x.data, plan.pairs) if problem.gathers else (None, None)),

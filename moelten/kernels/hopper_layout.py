@@ -34,18 +34,20 @@ For m16n8k16 (and wgmma with the left operand in registers) j = 1 is the fragmen
 Loads. 4-bit codes need 1 load per chunk (words: c, then A and B of `hopper_codes`), 8-bit codes 2
 (load: c; words: s, then A and B), 16-bit 4 (load: 2 c + s; words: j, then b: the fragment itself).
 
-Row parameters lie beside the codes, for super-blocks of 256 columns, so that one or two 16-byte
-loads serve four chunks. The four lanes of a quad read the same ones, but for NVFP4's:
+Row parameters lie beside the codes for super-blocks of 256 columns, scales of their halves apart,
+so that one load serves two chunks. The four lanes of a quad read the same ones, but for NVFP4's:
 
-    mxfp4, mxfp8    scale  int32 [row tiles, super-blocks, 4 w, 8 g, 4 chunks]
+    mxfp4, mxfp8    scale  int32 [row tiles, 2 * super-blocks, 4 w, 8 g, 2 chunks]
                     `E8M0_PAIRS`: pairs c = 0, 1 of exponents e + bias - shift, modulo 255;
                     row_scale = 2**shift, almost always 1
-    nvfp4           scale  int32 [row tiles, super-blocks, 4 w, 8 g, 2 halves of the quad, 4 chunks]
-                    `E4M3_*_PAIRS`: pairs c = 0, 1 of the group of 16 that lanes t = 0, 1 or 2, 3
-                    have in each block; row_scale = global_scale
+    nvfp4           scale  int32 [row tiles, 2 * super-blocks, 4 w, 8 g, 2 halves of the quad,
+                           2 chunks]
+                    `E5M3_*_PAIRS`: pairs c = 0, 1 of the group of 16 that lanes t = 0, 1 or 2, 3
+                    have in each block, as the five bits of exponent and three of mantissa that
+                    fp16 has of 128 times them; row_scale = global_scale
     int4, fp8, int8 in groups of 32, 64 or 128 along K
                     scale  bf16, fp16 or fp32 (e8m0 becomes fp32)
-                           [row tiles, super-blocks, 4 w, 8 g, groups in 256 columns, 2 b]
+                           [row tiles, 2 * super-blocks, 4 w, 8 g, groups in 128 columns, 2 b]
                     zero   int32 [row tiles, super-blocks, 4 w, 8 g, 2 words (g32) or 1]
                     `ZERO_*_PAIRS`: a word has the pairs of four groups (g128: two)
                     row_scale = 2**-shift for int4 with bf16 scales, which are stored times 2**shift
@@ -56,7 +58,7 @@ A matrix ends with its last row and column; tiles, chunks and super-blocks are f
 that decode to zero under scales that are finite. The least and the largest numbers are refused
 where they could not be exact, and NaN codes, which the bit moves would take for numbers. Codes
 under a scale of zero are stored as zeros, and come back so: sums that are kept in units of the
-scale at hand (`hopper_prefill`) have no unit for them.
+scale at hand (`hopper_prefill`) have no unit for them, and what nvfp4's become in bf16 is not zero.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class HopperLayout:
     """
 
     operand: str = "bf16"
-    version: int = 4
+    version: int = 5
 
     @property
     def name(self) -> str:
@@ -103,6 +105,7 @@ class HopperLayout:
         _check(matrix, stored)
         if stored.in_units:
             _check_spans(matrix)
+        if stored.in_units or isinstance(matrix.format, NVFP4):
             matrix = _silence(matrix)
         parts = {"data": _pack_data(matrix, stored.code)}
         parts |= _pack_scale(matrix, stored)
@@ -131,6 +134,14 @@ def _check(matrix: QTensor, stored: Storage) -> None:
             raise FormatError(
                 f"{len(bad)} e4m3 codes are NaN, the first at {bad[0].tolist()}; the checkpoint is "
                 "damaged or is not e4m3"
+            )
+    if isinstance(matrix.format, NVFP4):
+        assert matrix.scale is not None
+        bad = (matrix.scale.float() < 0).nonzero()
+        if len(bad):
+            raise FormatError(
+                f"{len(bad)} nvfp4 scales are negative, the first at {bad[0].tolist()}, and are "
+                "stored without a sign; the checkpoint is damaged, or use another backend"
             )
     if matrix.zero is not None and bool((matrix.zero < -8).any() | (matrix.zero > 7).any()):
         raise FormatError(
@@ -312,11 +323,11 @@ def _pack_scale(matrix: QTensor, stored: Storage) -> dict[str, Tensor]:
     if isinstance(matrix.format, NVFP4):
         assert matrix.global_scale is not None and stored.pairs is not None
         wide = matrix.global_scale.reshape(*matrix.shape[:-2], -1).expand(*matrix.shape[:-1])
-        fields = _pack_words(scale.view(torch.uint8), (4, 2, 2), stored.pairs)
+        fields = _pack_words(_to_e5m3(scale), (2, 2, 2), stored.pairs)
         return {"scale": fields, "row_scale": _pack_rows(wide)}
     if stored.pairs is not None:
         exponents, shift = _shift_exponents(matrix, stored)
-        fields = _pack_words(exponents, (4, 2, 1), stored.pairs)
+        fields = _pack_words(exponents, (2, 2, 1), stored.pairs)
         return {"scale": fields, "row_scale": _pack_rows(torch.exp2(shift.float()))}
     numbers = decode_scale(scale) if scale.dtype == torch.uint8 else scale
     if stored.scale == "block":
@@ -328,8 +339,8 @@ def _pack_scale(matrix: QTensor, stored: Storage) -> dict[str, Tensor]:
         shift = (15 - exponent).clamp(max=126)
         numbers = torch.ldexp(numbers.float(), shift[..., None]).to(numbers.dtype)
         parts["row_scale"] = _pack_rows(torch.exp2(-shift.float()))
-    tiles = _tile_rows(numbers, SUPER_BLOCK // stored.group)
-    tiles = torch.unflatten(tiles, -1, (-1, SUPER_BLOCK // stored.group))
+    groups = SUPER_BLOCK // 2 // stored.group
+    tiles = torch.unflatten(_tile_rows(numbers, 2 * groups), -1, (-1, groups))
     return {"scale": tiles.permute(0, 4, 1, 2, 5, 3).contiguous(), **parts}
 
 
@@ -346,12 +357,12 @@ def _unpack_scale(
         return {"scale": _encode_scale(per_row, fmt.scale_dtype)}
     if isinstance(fmt, NVFP4):
         assert stored.pairs is not None
-        fields = matrix.untile(_unpack_words(parts["scale"], (4, 2, 2), stored.pairs), groups)
+        fields = matrix.untile(_unpack_words(parts["scale"], (2, 2, 2), stored.pairs), groups)
         per_row = _unpack_rows(parts["row_scale"], matrix)
         wide = per_row if fmt.per_token else per_row[..., 0]
-        return {"scale": fields.view(fmt.scale_dtype), "global_scale": wide}
+        return {"scale": _from_e5m3(fields), "global_scale": wide}
     if stored.pairs is not None:
-        fields = matrix.untile(_unpack_words(parts["scale"], (4, 2, 1), stored.pairs), groups)
+        fields = matrix.untile(_unpack_words(parts["scale"], (2, 2, 1), stored.pairs), groups)
         shift = _unpack_rows(parts["row_scale"], matrix).log2().int()
         return {"scale": ((fields.int() - stored.bias + shift[..., None]) % 255).to(torch.uint8)}
     if stored.scale == "block":
@@ -370,6 +381,17 @@ def _encode_scale(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.uint8:
         return numbers.to(dtype)
     return (numbers.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def _to_e5m3(scale: Tensor) -> Tensor:
+    """Bytes of e4m3 numbers that are not negative: 128 times them as fp16, exactly, less zeros."""
+    return (scale.float() * 128).half().view(torch.int16).bitwise_right_shift(7).to(torch.uint8)
+
+
+def _from_e5m3(fields: Tensor) -> Tensor:
+    """Inverse of `_to_e5m3`."""
+    numbers = fields.to(torch.int16).bitwise_left_shift(7).view(torch.float16).float() / 128
+    return numbers.to(torch.float8_e4m3fn)
 
 
 def _shift_exponents(matrix: QTensor, stored: Storage) -> tuple[Tensor, Tensor]:
@@ -397,11 +419,11 @@ def _shift_exponents(matrix: QTensor, stored: Storage) -> tuple[Tensor, Tensor]:
 
 
 def _pack_words(values: Tensor, axes: tuple[int, int, int], pairs: PairCode) -> Tensor:
-    """Bytes [*batch, rows, groups] to int32 [row tiles, super-blocks, 4, 8, (th), words].
+    """Bytes [*batch, rows, groups] to int32 [row tiles, 2 * super-blocks, 4, 8, (th), words].
 
-    axes: of the groups of a super-block: words, pairs of a word, halves of a quad (th; or 1)
+    axes: of the groups of half a super-block: words, pairs of a word, halves of a quad (th; or 1)
     """
-    tiles = torch.unflatten(_tile_rows(values, math.prod(axes)), -1, (-1, *axes))
+    tiles = torch.unflatten(_tile_rows(values, 2 * math.prod(axes)), -1, (-1, *axes))
     canonical = tiles.permute(0, 4, 1, 2, 7, 5, 6, 3).flatten(-2)
     return _place_words(canonical, pairs.placement).squeeze(4)
 

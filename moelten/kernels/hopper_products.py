@@ -40,15 +40,16 @@ def _ptx(count, tokens, places, operand):
     """Two steps of 16 columns for each of some places, in flight, for `count` tensors of sums.
 
     Those are the first operands, and come in behind themselves; then the left operand of each
-    step, and the low word of the right one's descriptor, to which places are added.
+    step, and the low word of the right one's descriptor, to which places are added: to both words,
+    which is one instruction, while another high word for each place would be one more.
     """
     kind = "bf16" if operand == gl.bfloat16 else "f16"
     sums = ", ".join(f"${i}" for i in range(tokens // 2))
     left = 2 * count * _REGISTERS
     lines = [
-        "{.reg .b64 right; .reg .b32 low, high;",
+        "{.reg .b64 first, right;",
         "wgmma.fence.sync.aligned;",
-        f"mov.b32 high, {_HIGH};",
+        f"mov.b64 first, {{${left + 2 * len(places) * _REGISTERS}, {_HIGH}}};",
     ]
     for index, place in enumerate(places):
         for step in range(2):
@@ -56,8 +57,7 @@ def _ptx(count, tokens, places, operand):
             at = left + (2 * index + step) * _REGISTERS
             own = ", ".join(f"${at + i}" for i in (0, 2, 1, 3))
             lines += [
-                f"add.u32 low, ${left + 2 * len(places) * _REGISTERS}, {(place >> 4) + 2 * step};",
-                "mov.b64 right, {low, high};",
+                f"add.u64 right, first, {(place >> 4) + 2 * step};",
                 f"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind}",
                 f"{{{sums}}}, {{{own}}}, right, 1, 1, 1, 0;",
             ]

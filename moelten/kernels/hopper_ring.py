@@ -115,8 +115,8 @@ class Problem(Gemm):
 
     @property
     def scale_rows(self) -> int:
-        """Rows of 128 bytes of a row tile's scales of a super-block (`box_rows`)."""
-        return box_rows(self.weights, self.scale_type)[1]
+        """Rows of 128 bytes of a row tile's scales that a stage needs (`box_rows`)."""
+        return box_rows(self.weights, self.scale_type, self.variant.stage)[1]
 
     @property
     def groups(self) -> int:
@@ -171,9 +171,15 @@ class Problem(Gemm):
         return self.weights.group == 16
 
     @property
-    def words(self) -> int:
-        """Choices of a chunk among a lane's words of scales of a super-block."""
-        return 4 if self.weights.by_chunk else min(256 // self.weights.group, 4)
+    def parts(self) -> int:
+        """Halves of a super-block whose scales a stage has apart."""
+        return max(self.variant.stage // self.weights.scale_chunks, 1)
+
+    @property
+    def choices(self) -> int:
+        """Bits of a chunk's number by which it chooses among a lane's words of scales."""
+        own = self.weights.by_chunk or self.weights.group <= 64
+        return 2 * (self.parts == 2) + own
 
 
 # Work ---------------------------------------------------------------------------------------------
@@ -195,8 +201,13 @@ def _hand_over(work, expert, first, stop, row_tile):
 
 @gluon.jit
 def place_of(turn, P: gl.constexpr):
-    """The slot of a turn, and the phase of its barriers."""
-    return turn % P.variant.slots, turn // P.variant.slots & 1
+    """The slot of a turn, and the phase of its barriers.
+
+    Of numbers without a sign, as then there is less to divide.
+    """
+    SLOTS: gl.constexpr = P.variant.slots
+    turn = gl.to_tensor(turn).to(gl.uint32)
+    return (turn % SLOTS).to(gl.int32), (turn // SLOTS & 1).to(gl.int32)
 
 
 @gluon.jit
@@ -390,7 +401,8 @@ def _fill(
         bring(w_desc, [expert, row_tile, step * W_ROWS, 0], bar, ring[WORDS].index(slot))
         block = step * STAGE // 4
         if s_desc is not None:
-            bring(s_desc, [expert, row_tile, block * S_ROWS, 0], bar, ring[SCALES].index(slot))
+            row = step * STAGE // max(STAGE, P.weights.scale_chunks) * S_ROWS
+            bring(s_desc, [expert, row_tile, row, 0], bar, ring[SCALES].index(slot))
         if z_desc is not None:
             bring(z_desc, [expert, row_tile, block * Z_ROWS, 0], bar, ring[ZEROS].index(slot))
         if step == 0:

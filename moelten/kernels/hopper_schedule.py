@@ -346,9 +346,9 @@ def with_groups(variant: WideVariant, scale_type: str) -> WideVariant:
 
 def _fitted(variant: WideVariant, scale_type: str) -> WideVariant:
     """The variant with as many slots as fit in shared memory."""
-    chunk, scale, zero = box_rows(variant.weights, scale_type)
     stage, block = variant.stage, variant.block
-    slot = 128 * (variant.tiles * (stage * chunk + scale + zero) + stage * block)
+    rows = sum(box_rows(variant.weights, scale_type, stage))
+    slot = 128 * (variant.tiles * rows + stage * block)
     room, scales = _SHARED_BYTES // variant.programs - _OTHER_BYTES, 16 * block
     if variant.grouped:  # scales of activations of a slot's groups, and ones behind all
         slot, room = slot + variant.x_groups * scales, room - scales
@@ -360,8 +360,9 @@ def type_name(dtype: torch.dtype | None) -> str:
     return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
-    """Rows of 128 bytes of a row tile: codes of a chunk, scales and zero points of a super-block.
+def box_rows(stored: Storage, scale_type: str, stage: int) -> tuple[int, int, int]:
+    """Rows of 128 bytes of a row tile: codes of a stage of so many chunks, and the scales and zero
+    points that lie together of these.
 
     0 where there are none, or one zero point per row; scales of blocks are the first of a row.
     """
@@ -370,12 +371,12 @@ def box_rows(stored: Storage, scale_type: str) -> tuple[int, int, int]:
     if stored.scale == "block":
         scale = 1
     elif stored.by_chunk:
-        scale = 8 if stored.group == 16 else 4
+        scale = max(stage, stored.scale_chunks) * (2 if stored.group == 16 else 1)
     elif stored.scale in ("fold", "group"):
-        scale = 256 // stored.group * wide
+        scale = max(stage, stored.scale_chunks) * 64 // stored.group * wide
     if stored.zeros is not None and stored.group:
         zero = 2 if stored.group == 32 else 1
-    return 4 * stored.code.bits, scale, zero
+    return stage * 4 * stored.code.bits, scale, zero
 
 
 def padded(columns: int) -> int:
@@ -405,6 +406,8 @@ def _registers(stored: Storage, block: int, grouped: bool) -> int:
     if block == 8:
         if stored.code.bits == 16 or (stored.scales_twice and stored.zeros is not None):
             return 128
+        if stored.scales_twice and stored.by_chunk:
+            return 104
         if stored.scales_twice or stored.zeros:
             return 96
         return 72 if stored.scale == "fold" and stored.code.bits == 4 else 80
