@@ -54,7 +54,9 @@ CASES: dict[str, tuple[Format, str, float]] = {
 }
 
 
-def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int, grouped=False):
+def compiled(
+    fmt: Format, operand: str, block: int, halves: int, columns: int, grouped=False, planned=True
+):
     """GEMM1 (two halves, SwiGLU) or GEMM2 (one half, router weights) as `grouped_gemm` calls it."""
     stored = storage(fmt, operand)
     variant = make_variant(stored, block, 256, 64, 64, columns, may_split=False, grouped=grouped)
@@ -67,9 +69,12 @@ def compiled(fmt: Format, operand: str, block: int, halves: int, columns: int, g
         "zero_ptr": "*u32" if stored.zeros else None,
         "router_ptr": "*fp32" if halves == 1 else None,
         "pairs_ptr": "*i32",
+        **dict.fromkeys(("first_expert", "num_experts"), "i32"),
         **dict.fromkeys(("rows_per_source", "splits", "per_split"), "i32"),
         "split_stride": "i64",
     }
+    if not planned:
+        types |= {"pairs_ptr": None, "tiles_ptr": "*i64", "count_ptr": None}
     activation = "swiglu" if halves == 2 else "none"
     task = Task(
         2048, columns, halves, scale, activation, False, stored, OPERANDS[operand],
@@ -84,6 +89,14 @@ def test_nothing_spills_with_scales_of_groups_of_activations(block):
     fmt, operand, _ = CASES["fp8block"]
     kernel = compiled(fmt, operand, block, 2, 4096, grouped=True)
     assert stack_bytes(kernel.asm["cubin"]) == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_spills_without_a_plan(name):
+    fmt, operand, _ = CASES[name]
+    for halves, columns in ((2, 4096), (1, 2944)):
+        kernel = compiled(fmt, operand, 8, halves, columns, planned=False)
+        assert stack_bytes(kernel.asm["cubin"]) == 0
 
 
 # Codes of 4 bits never have more than 8 tokens of a tile (`hopper_schedule.choose_wide`).

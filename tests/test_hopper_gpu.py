@@ -98,6 +98,15 @@ def test_bad_ids_duplicates_and_one_expert():
     ranged = packed.expert_range(1, 4)
     part = ExpertWeights(weights.w13[1:4], weights.w2[1:4], weights.activation, first_expert=1)
     check(part, x, replace(routing, ids=bad), ranged)
+    # One token needs no plan, which else leaves such ids out.
+    for row in range(len(bad)):
+        x_row, weight = x[row : row + 1], routing.weights[row : row + 1]
+        for ids in (bad[row : row + 1], same[row : row + 1].long(), bad[row : row + 1].long()):
+            one = Routing(ids, weight, routing.on_input)
+            check(weights, x_row, one, packed)
+            check(part, x_row, one, ranged)
+    huge = Routing(torch.full_like(bad[:1], 1, dtype=torch.int64) + 2**32, routing.weights[:1])
+    assert not check(weights, x[:1], huge, packed).any()
 
 
 def test_every_exponent():
@@ -263,7 +272,7 @@ def test_hopper_is_what_runs_by_default():
         assert moelten.pack(weights).layout.name == backend(which)
 
 
-@pytest.mark.parametrize("tokens", [7, 60, 400])
+@pytest.mark.parametrize("tokens", [1, 7, 60, 400])
 def test_repeated_launches(monkeypatch, tokens):
     """Calls of one size: on other memory, on another thread or stream, the same bits."""
     triton = pytest.importorskip("triton")

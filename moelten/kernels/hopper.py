@@ -1,13 +1,14 @@
 """The Hopper backend: Gluon kernels for 16-bit activations that stream packed weights once.
 
-Few tokens per expert take four launches: plan, GEMM1 with activation, GEMM2 with router weights,
-sum over slots, each started while the one before drains. Many take other GEMMs, from the same
-packed weights: plan (two launches for many pairs), rows with columns in the order of operands,
-GEMM1, which may gather those, GEMM2, sum; GEMM2 begins with tiles that GEMM1 has finished, while
-that is at its last. Activations of 8 bits are quantized before each GEMM: for few tokens in a
-launch of its own, for many by what orders columns, and in one more before GEMM2. Grids follow from
-T and k alone: nothing waits for the device, so a CUDA graph captures it. The two operand types
-place bits differently: two layouts, two backends. Triton is imported when a layer runs.
+Few tokens per expert take four launches: plan, which one token needs not, GEMM1 with activation,
+GEMM2 with router weights, sum over slots, each started while the one before drains. Many take other
+GEMMs, from the same packed weights: plan (two launches for many pairs), rows with columns in the
+order of operands, GEMM1, which may gather those, GEMM2, sum; GEMM2 begins with tiles that GEMM1 has
+finished, while that is at its last. Activations of 8 bits are quantized before each GEMM: for few
+tokens in a launch of its own, for many by what orders columns, and in one more before GEMM2. Grids
+follow from T and k alone: nothing waits for the device, so a CUDA graph captures it. The two
+operand types place bits differently: two layouts, two backends. Triton is imported when a layer
+runs.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from moelten.routing import Routing
 from moelten.weights import ExpertSpec
 
 if TYPE_CHECKING:
+    from moelten.kernels.hopper_plan import OneToken
     from moelten.kernels.triton_epilogue import Epilogue
     from moelten.kernels.triton_ops import Pairs, Rows
     from moelten.kernels.triton_plan import TilePlan
@@ -171,7 +173,7 @@ class HopperBackend(ArenaBackend):
     def run_chunk(
         self, x: Tensor, experts: PackedExperts, routing: Routing, stages: _Stages, out: Tensor
     ) -> None:
-        from moelten.kernels.hopper_plan import combine, plan_tiles
+        from moelten.kernels.hopper_plan import OneToken, combine, plan_tiles
         from moelten.kernels.triton_epilogue import Epilogue
 
         if x.data_ptr() % 4:
@@ -181,8 +183,10 @@ class HopperBackend(ArenaBackend):
             )
         spec, extras, ids = experts.spec, experts.tensors, routing.ids
         where = (spec.num_experts, spec.first_expert)
-        # NOTE: the plan is the first launch, so that GEMM2 may read it before it waits for GEMM1.
-        plan_tiles(ids, *where, stages.plan)
+        alone = stages.wide is None and len(ids) == 1
+        if not alone:
+            # NOTE: this is the first launch, so that GEMM2 may read it before it waits for GEMM1.
+            plan_tiles(ids, *where, stages.plan)
         name, parameters = activation_arguments(spec.activation)
         first = Epilogue(
             extras.get("w13_bias"),
@@ -193,7 +197,9 @@ class HopperBackend(ArenaBackend):
         router = None if routing.on_input else routing.weights
         if stages.wide is None:
             second = Epilogue(extras.get("w2_bias"), router=router)
-            slots = _few(x, experts, routing, stages, first, second)
+            plan = stages.plan
+            few = OneToken(ids.contiguous(), *where, plan.block) if alone else plan
+            slots = _few(x, experts, routing, stages, few, first, second)
             combine(slots, ids, *where, out)
         else:
             second = Epilogue(extras.get("w2_bias"))
@@ -206,6 +212,7 @@ def _few(
     experts: PackedExperts,
     routing: Routing,
     stages: _Stages,
+    plan: TilePlan | OneToken,
     first: Epilogue,
     second: Epilogue,
 ) -> Tensor:
@@ -214,7 +221,7 @@ def _few(
     from moelten.kernels.triton_ops import Rows
 
     rows, rows_per_source = _input_rows(x, experts, routing, stages.inputs)
-    (w13, w2), plan, hidden = matrices(experts), stages.plan, stages.hidden
+    (w13, w2), hidden = matrices(experts), stages.hidden
     pairs = routing.ids.numel()
     sizes = (w13.stored, plan.block, pairs, experts.spec.num_experts)
     grouped = _grouped(experts.spec.scheme.activations)

@@ -44,8 +44,8 @@ from moelten.kernels.hopper_fragments import (
 )
 from moelten.kernels.hopper_schedule import Gemm
 
-_RUNTIME = ("max_tiles", "splits", "per_split", "split_stride", "alpha", "beta", "limit",
-            "rows_per_source")  # fmt: skip
+_RUNTIME = ("max_tiles", "first_expert", "num_experts", "splits", "per_split", "split_stride",
+            "alpha", "beta", "limit", "rows_per_source")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Task(Gemm):
 
     x_groups:     scales of a row of activations: one, or one for every 128 columns
     block, warps: most tokens of a tile, and what splits its columns
-    first:        whether this is the first GEMM after the plan
+    first:        whether this is the first GEMM
     """
 
     weights: Storage
@@ -210,7 +210,9 @@ def _token_words(x, first, stop, TOKENS: gl.constexpr, P: gl.constexpr):
     L: gl.constexpr = token_layout(P.warps, TOKENS)
     token = first + gl.arange(0, TOKENS, gl.SliceLayout(0, gl.SliceLayout(2, L)))
     inside = token < stop
-    pair = gl.load(pairs_ptr + token, mask=inside, other=0)
+    pair = gl.where(inside, token, 0)
+    if pairs_ptr is not None:
+        pair = gl.load(pairs_ptr + token, mask=inside, other=0)
     source = (pair // rows_per_source).to(gl.int64) * P.row_words
     block = gl.arange(0, 2 * P.warps, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
     column = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
@@ -232,7 +234,9 @@ def _group_scales(x, first, stop, TOKENS: gl.constexpr, MMA: gl.constexpr, P: gl
     _, x_scale_ptr, pairs_ptr, rows_per_source = x
     U: gl.constexpr = gl.SliceLayout(1, MMA)
     token = first + gl.arange(0, TOKENS, gl.SliceLayout(0, U))
-    pair = gl.load(pairs_ptr + gl.minimum(token, stop - 1))
+    pair = gl.minimum(token, stop - 1)
+    if pairs_ptr is not None:
+        pair = gl.load(pairs_ptr + pair)
     at = x_scale_ptr + (pair // rows_per_source).to(gl.int64)[None, :] * P.x_groups
     return at, gl.arange(0, P.warps, gl.SliceLayout(1, U))[:, None]
 
@@ -328,24 +332,33 @@ def _tile(x, parts, epilogue, tile, TOKENS: gl.constexpr, P: gl.constexpr):
 @gluon.jit(do_not_specialize=_RUNTIME)
 def decode_kernel(
     x_ptr, x_scale_ptr, w_ptr, scale_ptr, zero_ptr, row_scale_ptr, pairs_ptr, tiles_ptr, count_ptr,
-    max_tiles, bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr, splits, per_split, split_stride,
-    alpha, beta, limit, rows_per_source, P: gl.constexpr,
+    max_tiles, first_expert, num_experts, bias_ptr, table_ptr, post_ptr, router_ptr, out_ptr,
+    splits, per_split, split_stride, alpha, beta, limit, rows_per_source, P: gl.constexpr,
 ):  # fmt: skip
-    """One tile of one expert: 64 rows (of both halves) by up to `block` pairs, one split of K."""
+    """One tile of one expert: 64 rows (of both halves) by up to `block` pairs, one split of K.
+
+    Without count_ptr each pair is a tile, and tiles_ptr has the experts' ids.
+    """
     if P.first:
-        # The plan's; later kernels may read it before they wait, for weights that they prefetch.
+        # For the plan; later kernels may read it before they wait, for weights that they prefetch.
         gdc_wait()
     gdc_launch_dependents()
     program = gl.program_id(0)
     split = program % splits
     row_tile = program // splits % P.row_tiles
     index = program // (splits * P.row_tiles)
-    # All at once; what lies past the last tile is undefined and unused.
-    count = gl.load(count_ptr)
     expert = gl.load(tiles_ptr + index).to(gl.int64)
-    first = gl.load(tiles_ptr + max_tiles + index)
-    stop = gl.load(tiles_ptr + 2 * max_tiles + index)
-    if index >= count:
+    if count_ptr is None:
+        expert -= first_expert
+        first, stop = index, index + 1
+        planned = (expert >= 0) & (expert < num_experts)
+    else:
+        # All at once; what lies past the last tile is undefined and unused.
+        count = gl.load(count_ptr)
+        first = gl.load(tiles_ptr + max_tiles + index)
+        stop = gl.load(tiles_ptr + 2 * max_tiles + index)
+        planned = index < count
+    if not planned:
         return
     x = (x_ptr, x_scale_ptr, pairs_ptr, rows_per_source)
     parts = (w_ptr, scale_ptr, zero_ptr)

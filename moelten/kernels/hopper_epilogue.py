@@ -23,14 +23,14 @@ def _sigmoid(x):
 def token_scales(scale_ptr, first, stop, pairs_ptr, rows_per_source, COUNT: gl.constexpr):
     """Scales of the rows of activations of up to so many tokens, for `over_tokens`.
 
-    Rows are by position, or, where pairs are given, by pair, of which so many share one. There is
-    one address per lane, and not one for each of its tokens: registers are scarce.
+    So many positions, or pairs where those are given, share a row. There is one address per lane,
+    and not one for each of its tokens: registers are scarce.
     """
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     row = gl.minimum(first + gl.arange(0, COUNT, LANES), stop - 1)
     if pairs_ptr is not None:
-        row = gl.load(pairs_ptr + row) // rows_per_source
-    return gl.load(scale_ptr + row)
+        row = gl.load(pairs_ptr + row)
+    return gl.load(scale_ptr + row // rows_per_source)
 
 
 @gluon.jit
@@ -96,12 +96,17 @@ def finish(
 def store_pairs(
     y, router_ptr, out_ptr, pairs_ptr, first_pair, stop_pair, first_row, N: gl.constexpr
 ):  # fmt: skip
-    """Store y [outputs, tokens], times router weights, as rows of pairs, rounded once."""
+    """Store y [outputs, tokens], times router weights, as rows of pairs, rounded once.
+
+    Without pairs_ptr positions are pairs.
+    """
     OUT: gl.constexpr = y.type.layout
     n = first_row + gl.arange(0, y.shape[0], gl.SliceLayout(1, OUT))
     token = first_pair + gl.arange(0, y.shape[1], gl.SliceLayout(0, OUT))
     inside = token < stop_pair
-    pair = gl.load(pairs_ptr + token, mask=inside, other=0)
+    pair = token
+    if pairs_ptr is not None:
+        pair = gl.load(pairs_ptr + token, mask=inside, other=0)
     if router_ptr is not None:
         y = y * gl.load(router_ptr + pair, mask=inside, other=0.0).to(gl.float32)[None, :]
     # Rows are padded to 16 bytes, with zeros: those are what codes past the last row decode to.

@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from moelten.formats import Float
 from moelten.kernels.hopper_codes import Storage, storage
 from moelten.kernels.hopper_decode import Task, decode_kernel
+from moelten.kernels.hopper_plan import OneToken
 from moelten.kernels.hopper_prefill import prefill_kernel
 from moelten.kernels.hopper_products import TOKEN_BOXES
 from moelten.kernels.hopper_ring import OPERANDS, Problem
@@ -71,7 +72,7 @@ def matrices(experts: PackedExperts) -> tuple[Matrix, Matrix]:
 def grouped_gemm(
     x: Rows,
     matrix: Matrix,
-    plan: TilePlan,
+    plan: TilePlan | OneToken,
     out: Tensor,
     variant: Variant,
     *,
@@ -85,20 +86,26 @@ def grouped_gemm(
              each or one for every 128 columns
     out:     [splits, P, N rounded up to 8], what each split of K brings; rows of invalid pairs are
              not written
-    first:   whether this is the first GEMM after the plan
+    first:   whether this is the first GEMM
     """
     scale, zero = matrix.parts.get("scale"), matrix.parts.get("zero")
     table, *numbers, limited = _activation(epilogue)
+    places: tuple[Any, ...]
+    if isinstance(plan, OneToken):
+        tiles = plan.ids.numel()
+        places = (None, plan.ids, None, tiles, plan.first_expert, plan.num_experts)
+    else:
+        tiles = plan.max_tiles
+        places = (plan.pairs, plan.tiles, plan.count, tiles, 0, 0)
     task = Task(
         matrix.rows, matrix.columns, matrix.halves, matrix.scale_type, epilogue.activation, limited,
         matrix.stored, matrix.operand, 1 if x.scale is None else x.scale.shape[1], plan.block,
         variant.warps, first,
     )  # fmt: skip
     launch(
-        decode_kernel, (plan.max_tiles * matrix.row_tiles * variant.splits,),
+        decode_kernel, (tiles * matrix.row_tiles * variant.splits,),
         _words(x.data), x.scale, _words(matrix.parts["data"]), _words(scale), _words(zero),
-        matrix.parts.get("row_scale"), plan.pairs, plan.tiles, plan.count, plan.max_tiles,
-        epilogue.bias, table, epilogue.post_scale,
+        matrix.parts.get("row_scale"), *places, epilogue.bias, table, epilogue.post_scale,
         None if epilogue.router is None else epilogue.router.contiguous(),
         out, variant.splits, -(-task.steps // variant.splits), out.stride(0), *numbers,
         rows_per_source, P=task, maxnreg=variant.registers, num_warps=variant.warps,

@@ -1,11 +1,13 @@
-"""What stands before and behind the decode GEMMs: the plan in one launch, and the sum over slots.
+"""What stands before and behind the decode GEMMs: the plan in a launch or none, the sum over slots.
 
 Within a layer each kernel is launched while the one before it drains, and waits (`gdc_wait`) before
 it reads what that one writes; GEMM1 waits for the plan, so later kernels may rely on that. Layers
-follow each other without overlap: the plan waits for all before it, as any kernel does.
+follow each other without overlap: the plan waits for all before it, as any kernel does, or GEMM1.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -30,6 +32,20 @@ _SCAN = 2048
 _MAX_PAIRS = 8192
 # Pairs times experts, each of which counts all pairs, from which on two launches take less time.
 _MAX_COUNTED = 1 << 19
+
+
+@dataclass(frozen=True)
+class OneToken:
+    """A plan that needs no launch, since a token's experts differ: each pair is a tile.
+
+    ids:   int32 or int64 [1, k], contiguous; those of no local expert have no tile
+    block: as `TilePlan` has it
+    """
+
+    ids: Tensor
+    num_experts: int
+    first_expert: int
+    block: int
 
 
 def plan_tiles(ids: Tensor, num_experts: int, first_expert: int, plan: TilePlan) -> None:
