@@ -203,11 +203,13 @@ def _hand_over(work, expert, first, stop, row_tile):
 def place_of(turn, P: gl.constexpr):
     """The slot of a turn, and the phase of its barriers.
 
-    Of numbers without a sign, as then there is less to divide.
+    Where whole warpgroups multiply of a number without a sign, as their loops, which divide once
+    for all lanes, then have less to do; those of single warps would have more (Triton 3.9).
     """
     SLOTS: gl.constexpr = P.variant.slots
-    turn = gl.to_tensor(turn).to(gl.uint32)
-    return (turn % SLOTS).to(gl.int32), (turn // SLOTS & 1).to(gl.int32)
+    if not P.variant.by_warp:
+        turn = gl.to_tensor(turn).to(gl.uint32)
+    return gl.to_tensor(turn % SLOTS).to(gl.int32), gl.to_tensor(turn // SLOTS & 1).to(gl.int32)
 
 
 @gluon.jit
