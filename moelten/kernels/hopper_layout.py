@@ -56,9 +56,10 @@ so that one load serves two chunks. The four lanes of a quad read the same ones,
 
 A matrix ends with its last row and column; tiles, chunks and super-blocks are filled up with codes
 that decode to zero under scales that are finite. The least and the largest numbers are refused
-where they could not be exact, and NaN codes, which the bit moves would take for numbers. Codes
-under a scale of zero are stored as zeros, and come back so: sums that are kept in units of the
-scale at hand (`hopper_prefill`) have no unit for them, and what nvfp4's become in bf16 is not zero.
+where they could not be exact, NaN codes, which the bit moves would take for numbers, and negative
+scales of nvfp4, which are stored without a sign. Codes under a scale of zero are stored as zeros,
+and come back so: sums that are kept in units of the scale at hand (`hopper_prefill`) have no unit
+for them, and what nvfp4's become in bf16 is not zero.
 """
 
 from __future__ import annotations
