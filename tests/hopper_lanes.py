@@ -116,18 +116,17 @@ class Lanes:
     def pair(self, kind: str, c: int) -> Tensor:
         """The pair register for block c of the lane's chunk."""
         stored, place = self.stored, (self.tile, self.chunk // 4, self.warp, self.g)
+        half = (self.tile, self.chunk // 2, self.warp, self.g)
         if kind == "scale" and stored.pairs.registers == 1:
             # A word has a group's two rows, low and high.
             pairs, nth = stored.pairs, 0
             group = (64 * self.chunk + 32 * c) % 128 // stored.group
-            place = (self.tile, self.chunk // 2, self.warp, self.g)
-            low, high = (self.bf16("scale", *place, group, b) for b in (0, 1))
+            low, high = (self.bf16("scale", *half, group, b) for b in (0, 1))
             word = low | high << 16
         elif kind == "scale":
             pairs, nth = stored.pairs, c
             quad_half = (self.t // 2,) if stored.group == 16 else ()
-            place = (self.tile, self.chunk // 2, self.warp, self.g)
-            word = self.read("scale", *place, *quad_half, self.chunk % 2)
+            word = self.read("scale", *half, *quad_half, self.chunk % 2)
         elif stored.group:
             pairs, nth = stored.zeros, (64 * self.chunk + 32 * c) % 256 // stored.group
             word = self.read("zero", *place, nth // 4)

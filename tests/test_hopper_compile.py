@@ -69,8 +69,9 @@ def compiled(
         "zero_ptr": "*u32" if stored.zeros else None,
         "router_ptr": "*fp32" if halves == 1 else None,
         "pairs_ptr": "*i32",
-        **dict.fromkeys(("first_expert", "num_experts"), "i32"),
-        **dict.fromkeys(("rows_per_source", "splits", "per_split"), "i32"),
+        **dict.fromkeys(
+            ("first_expert", "num_experts", "rows_per_source", "splits", "per_split"), "i32"
+        ),
         "split_stride": "i64",
     }
     if not planned:

@@ -183,8 +183,10 @@ class HopperBackend(ArenaBackend):
             )
         spec, extras, ids = experts.spec, experts.tensors, routing.ids
         where = (spec.num_experts, spec.first_expert)
-        alone = stages.wide is None and len(ids) == 1
-        if not alone:
+        plan: TilePlan | OneToken = stages.plan
+        if stages.wide is None and len(ids) == 1:
+            plan = OneToken(ids.contiguous(), *where, plan.block)
+        else:
             # NOTE: this is the first launch, so that GEMM2 may read it before it waits for GEMM1.
             plan_tiles(ids, *where, stages.plan)
         name, parameters = activation_arguments(spec.activation)
@@ -197,9 +199,7 @@ class HopperBackend(ArenaBackend):
         router = None if routing.on_input else routing.weights
         if stages.wide is None:
             second = Epilogue(extras.get("w2_bias"), router=router)
-            plan = stages.plan
-            few = OneToken(ids.contiguous(), *where, plan.block) if alone else plan
-            slots = _few(x, experts, routing, stages, few, first, second)
+            slots = _few(x, experts, routing, stages, plan, first, second)
             combine(slots, ids, *where, out)
         else:
             second = Epilogue(extras.get("w2_bias"))

@@ -284,9 +284,10 @@ def _pairs(target: Bits, base: int = 0) -> PairCode:
 
 # Two e8m0 exponents per half: where a bf16 has its exponent.
 E8M0_PAIRS = _pairs(tuple(range(7, 15)))
-# Or two e5m3: what fp16 has of 128 times an e4m3 that is not negative. As bf16, under the highest
-# exponents, that is 2**119 of the e4m3, and what e2m1 needs; but then zero is not zero.
-E5M3_FP16_PAIRS = _pairs(tuple(range(7, 15)))
+# Or two e5m3: what fp16 has, in the same place, of 128 times an e4m3 that is not negative. As bf16,
+# under the highest exponents, that is 2**119 of the e4m3, and what e2m1 needs; but then zero is not
+# zero.
+E5M3_FP16_PAIRS = E8M0_PAIRS
 E5M3_BF16_PAIRS = _pairs(tuple(range(4, 12)), 0x70007000)
 
 

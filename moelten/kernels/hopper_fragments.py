@@ -359,15 +359,12 @@ def scale_words(W: gl.constexpr, SCALE: gl.constexpr, WARPS: gl.constexpr):
 @gluon.jit
 def chunk_word(chunk, W: gl.constexpr, SCALE: gl.constexpr):
     """First word of a chunk's scales within its super-block."""
-    if W.scale == "block":
-        return chunk % 4 * 64 // W.group * _words_per_group(W, SCALE)
+    HALF: gl.constexpr = parameter_strides(W, SCALE, False)[0] // 2
+    first = chunk % 4 // 2 * HALF
+    if W.pairs is not None:
+        return first + chunk % 2
     else:
-        HALF: gl.constexpr = parameter_strides(W, SCALE, False)[0] // 2
-        first = chunk % 4 // 2 * HALF
-        if W.pairs is not None:
-            return first + chunk % 2
-        else:
-            return first + chunk % 2 * 64 // W.group * _words_per_group(W, SCALE)
+        return first + chunk % 2 * 64 // W.group * _words_per_group(W, SCALE)
 
 
 @gluon.jit

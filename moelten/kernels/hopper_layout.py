@@ -386,12 +386,12 @@ def _encode_scale(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _to_e5m3(scale: Tensor) -> Tensor:
     """Bytes of e4m3 numbers that are not negative: 128 times them as fp16, exactly, less zeros."""
-    return (scale.float() * 128).half().view(torch.int16).bitwise_right_shift(7).to(torch.uint8)
+    return ((scale.float() * 128).half().view(torch.int16) >> 7).to(torch.uint8)
 
 
 def _from_e5m3(fields: Tensor) -> Tensor:
     """Inverse of `_to_e5m3`."""
-    numbers = fields.to(torch.int16).bitwise_left_shift(7).view(torch.float16).float() / 128
+    numbers = (fields.to(torch.int16) << 7).view(torch.float16).float() / 128
     return numbers.to(torch.float8_e4m3fn)
 
 

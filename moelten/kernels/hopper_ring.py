@@ -207,9 +207,10 @@ def place_of(turn, P: gl.constexpr):
     for all lanes, then have less to do; those of single warps would have more (Triton 3.9).
     """
     SLOTS: gl.constexpr = P.variant.slots
+    turn = gl.to_tensor(turn)
     if not P.variant.by_warp:
-        turn = gl.to_tensor(turn).to(gl.uint32)
-    return gl.to_tensor(turn % SLOTS).to(gl.int32), gl.to_tensor(turn // SLOTS & 1).to(gl.int32)
+        turn = turn.to(gl.uint32)
+    return (turn % SLOTS).to(gl.int32), (turn // SLOTS & 1).to(gl.int32)
 
 
 @gluon.jit
@@ -401,12 +402,12 @@ def _fill(
         _expect(ring[FULL_AT] + slot * 8, BYTES + units * X_BYTES)
         # All row tiles at once: each copy takes the warp its time. Past the last one are zeros.
         bring(w_desc, [expert, row_tile, step * W_ROWS, 0], bar, ring[WORDS].index(slot))
-        block = step * STAGE // 4
         if s_desc is not None:
             row = step * STAGE // max(STAGE, P.weights.scale_chunks) * S_ROWS
             bring(s_desc, [expert, row_tile, row, 0], bar, ring[SCALES].index(slot))
         if z_desc is not None:
-            bring(z_desc, [expert, row_tile, block * Z_ROWS, 0], bar, ring[ZEROS].index(slot))
+            row = step * STAGE // 4 * Z_ROWS
+            bring(z_desc, [expert, row_tile, row, 0], bar, ring[ZEROS].index(slot))
         if step == 0:
             _wait_for_rows(turn, counter, awaited, P)
             if P.gathers:

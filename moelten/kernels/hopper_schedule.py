@@ -367,13 +367,14 @@ def box_rows(stored: Storage, scale_type: str, stage: int) -> tuple[int, int, in
     0 where there are none, or one zero point per row; scales of blocks are the first of a row.
     """
     wide = 2 if scale_type == "float32" else 1
+    chunks = max(stage, stored.scale_chunks)
     scale = zero = 0
     if stored.scale == "block":
         scale = 1
     elif stored.by_chunk:
-        scale = max(stage, stored.scale_chunks) * (2 if stored.group == 16 else 1)
+        scale = chunks * (2 if stored.group == 16 else 1)
     elif stored.scale in ("fold", "group"):
-        scale = max(stage, stored.scale_chunks) * 64 // stored.group * wide
+        scale = chunks * 64 // stored.group * wide
     if stored.zeros is not None and stored.group:
         zero = 2 if stored.group == 32 else 1
     return stage * 4 * stored.code.bits, scale, zero
